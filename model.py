@@ -1,0 +1,511 @@
+"""LLaMA, all of it in this file: the network, its cache, generation, and saving to a folder.
+
+    python model.py               # the published sizes and their parameter counts
+    python model.py --preset=7B   # one of them, part by part
+
+References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models (arXiv 2302.13971);
+[2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm (1910.07467);
+[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245).
+
+Letters in the shape comments: B batch, T tokens now, S tokens in sight (cache included), C model width,
+H heads, K key/value heads, D head width, V vocabulary, N supervised positions.
+Names and state_dict keys are Meta's, so a published consolidated.00.pth loads with strict=True.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterator, Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import Problem, run
+
+IMAGE_SLOT = -1  # a token that is not a word: the model puts an image vector here
+
+
+@dataclass
+class LLaMAConfig:
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: Optional[int] = None  # fewer than n_heads: grouped-query attention [5]
+    vocab_size: int = 32000
+    hidden_dim: Optional[int] = None  # of the feed-forward; LLaMA's rule when not given
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: float = 1.0  # positions are divided by this (Vicuna v1.5's 16k models: 4 or 8)
+    max_seq_len: int = 2048
+    tied: bool = False  # output matrix = embedding matrix
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        # [4] keeps the parameter count of a 4x ReLU layer with 2/3 of its width; LLaMA rounds up to 256
+        self.hidden_dim = self.hidden_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise Problem(f"dim={self.dim} must be an even multiple of n_heads={self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise Problem(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+# Table 2 of [1]; the small ones are ours.
+PRESETS = {
+    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
+    "7B": dict(dim=4096, n_layers=32, n_heads=32),
+    "13B": dict(dim=5120, n_layers=40, n_heads=40),
+    "30B": dict(dim=6656, n_layers=60, n_heads=52),
+    "65B": dict(dim=8192, n_layers=80, n_heads=64, norm_eps=1e-5),
+}
+
+
+class RMSNorm(nn.Module):
+    """[3]: divide by the root mean square, no mean subtracted, no bias. In fp32, whatever comes in."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight.type_as(x)
+
+
+def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0, scaling: float = 1.0) -> tuple:
+    """[2] eq. 15: angle of position t in pair i is t / theta^(2i/D). Returns cos, sin, each (seq_len, D/2)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(seq_len).float() / scaling, frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[2] eq. 34: turns each pair of neighbours (x[2i], x[2i+1]) by its angle.
+
+    x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) when each row has positions of its own.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2) each
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor] = None,
+              fused: bool = True) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D) with K dividing H.
+
+    mask (B or 1, 1, T, S) is True where a query may look. Without one it is causal, and the T queries are the
+    *last* T of the S positions, which is what a filled cache needs.
+    """
+    T, S, groups = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
+    if groups > 1:  # each key/value head serves `groups` query heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if mask is None and 1 < T < S:  # the kernels' is_causal starts at the top left: wrong here, so spell it out
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, S)
+    return (scores + bias).softmax(dim=-1) @ v
+
+
+class KVCache:
+    """Keys and values of everything read so far, allocated once. A prefix is reusable: truncate and go on.
+
+    `start` (B,) is how many places at the left of each row are padding (prompts of unequal length).
+    """
+
+    def __init__(self, config: LLaMAConfig, batch: int = 1, max_len: Optional[int] = None, dtype=torch.float32,
+                 device="cpu"):
+        max_len = max_len or config.max_seq_len
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.length, self.max_len, self.start = 0, max_len, None
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple:
+        end = self.length + k.shape[-2]  # .length itself moves once, after the last layer
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def truncate(self, n: int) -> None:
+        self.length = min(self.length, n)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LLaMAConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.fused = True
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+        B, T, _ = x.shape
+        q = apply_rope(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)  # (B, T, H, D)
+        k = apply_rope(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, K, S, D)
+        y = attention(q, k, v, mask, self.fused)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """[4] eq. 6, SwiGLU: one half opens the gate for the other."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaMAConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim, config.hidden_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LLaMA(nn.Module):
+    def __init__(self, config: LLaMAConfig):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.output.weight = self.tok_embeddings.weight
+        table = rope_table(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling)
+        self.register_buffer("cos", table[0], persistent=False)
+        self.register_buffer("sin", table[1], persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
+
+        At toy widths the usual 0.02 leaves attention almost uniform, and the model takes twice as long to learn to
+        look things up in its context.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                std = 0.6 / math.sqrt(p.shape[-1])
+                into_residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layers) if into_residual else std)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # .to(bfloat16) converts buffers too and .to_empty() leaves them blank, but the angles must be right, in fp32
+        c = self.config
+        table = rope_table(c.max_seq_len, c.head_dim, c.rope_theta, c.rope_scaling)
+        self.cos, self.sin = (t.to(self.cos.device) for t in table)
+        return self
+
+    def set_fused(self, fused: bool) -> None:
+        for block in self.layers:
+            block.attention.fused = fused
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def hidden(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None,
+               segments: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None) -> torch.Tensor:
+        """Everything but the final norm and the output matrix: tokens (B, T) -> (B, T, C)."""
+        B, T = tokens.shape
+        past = cache.length if cache is not None else 0
+        limit = min(self.config.max_seq_len, cache.max_len if cache is not None else self.config.max_seq_len)
+        if past + T > limit:
+            raise Problem(f"{past + T} tokens do not fit into the context of {limit}")
+        slots = tokens == IMAGE_SLOT
+        x = self.tok_embeddings(tokens.masked_fill(slots, 0))  # (B, T, C)
+        n_images = 0 if images is None else len(images)
+        if n_images or bool(slots.any()):
+            if int(slots.sum()) != n_images:
+                raise Problem(f"{int(slots.sum())} image slots in the text, but {n_images} image vectors")
+            if images.shape[1:] != x.shape[2:]:
+                raise Problem(f"image vectors of shape {tuple(images.shape[1:])} in a model of width {x.shape[-1]}")
+            x = x.masked_scatter(slots.unsqueeze(-1), images.to(x.dtype))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream, as under FSDP's bf16 policy
+
+        positions, mask = positions_and_mask(T, past, segments, cache.start if cache is not None else None, x.device)
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
+        for i, block in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    def forward(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None,
+                segments: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None,
+                last_only: bool = False) -> torch.Tensor:
+        """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with last_only.
+
+        images (N, C) fill the slots (token -1) in order. segments (B, T) numbers the conversations that share a
+        row: no token sees another segment, and positions restart in each.
+        """
+        x = self.hidden(tokens, images, segments, cache)
+        return self.output(self.norm(x[:, -1:] if last_only else x))
+
+    def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: Optional[torch.Tensor] = None,
+            segments: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of -log p over supervised tokens, and their count. A mean is the caller's: sum over everything / count.
+
+        labels (B, T) stand under the tokens they name, -100 where nothing is to be learned; the shift happens here.
+        A segment's first token is never a target: it would have to be guessed from another conversation.
+        """
+        target = labels[:, 1:]
+        wanted = target != -100
+        if segments is not None:
+            wanted = wanted & (segments[:, 1:] == segments[:, :-1])
+        x = self.hidden(tokens, images, segments)[:, :-1][wanted]  # (N, C): no logits for what is not supervised
+        target, count = target[wanted], wanted.sum()
+        # Every new row count costs a compilation in bf16, and no rows at all must still touch `output` (else FSDP hangs).
+        spare = -len(x) % 128 or (0 if len(x) else 128)
+        x, target = F.pad(x, (0, 0, 0, spare)), F.pad(target, (0, spare), value=-100)
+        # In pieces when the logits would be large; each piece's logits are recomputed in the backward pass.
+        rows = max(128, 2 ** 25 // self.config.vocab_size // 128 * 128)
+        if len(x) <= rows:
+            return self._piece_nll(x, target), count
+        pieces = zip(x.split(rows), target.split(rows))
+        return sum(checkpoint(self._piece_nll, a, b, use_reentrant=False) for a, b in pieces), count
+
+    def _piece_nll(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.output(self.norm(x)).float(), target, ignore_index=-100, reduction="sum")
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop: Sequence[int] = (2,), seed: int = 0,
+                 images: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None) -> Iterator[list[int]]:
+        """Yields one id per prompt and step until every row has produced a stop id (which is yielded too).
+
+        temperature 0 is greedy; top_k 0 and top_p 1 are off. A finished row goes on yielding its stop id.
+        With `cache` (one prompt only), what it holds already must be a prefix of the prompt and is not read again.
+        """
+        device = self.tok_embeddings.weight.device
+        prompts = [list(p) for p in prompts]
+        longest = max(map(len, prompts))
+        limit = min(self.config.max_seq_len, cache.max_len if cache is not None else self.config.max_seq_len)
+        room = limit - longest
+        if not min(map(len, prompts)):
+            raise Problem("an empty prompt: begin with the tokenizer's bos")
+        if room <= 0:
+            raise Problem(f"the prompt has {longest} tokens; with its answer it must fit into {limit}")
+        if cache is None:
+            dtype = next(self.layers.parameters()).dtype
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            cache = KVCache(self.config, len(prompts), longest + min(max_new_tokens, room), dtype, device)
+            if any(len(p) < longest for p in prompts):
+                cache.start = torch.tensor([longest - len(p) for p in prompts], device=device)
+        cache.truncate(longest - 1)  # the last token is always read: its logits are needed
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)[:, cache.length:]
+        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=device)
+        for row, p in enumerate(prompts):
+            seen[row, [t for t in p if t != IMAGE_SLOT]] = True
+        random = torch.Generator(device).manual_seed(seed)
+        stop_ids = torch.tensor(list(stop), device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ids = tokens[:, -1]
+        for _ in range(min(max_new_tokens, room)):
+            logits = self(tokens, images, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+            chosen = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random)
+            ids = torch.where(done, ids, chosen)
+            done = done | torch.isin(ids, stop_ids)
+            yield ids.tolist()
+            if bool(done.all()):
+                return
+            seen.scatter_(1, ids[:, None], True)
+            tokens, images = ids[:, None], None
+
+
+def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
+    """Position of each token, (T,) or (B, T), and who may look at whom, (B, 1, T, S) or None for plain causal."""
+    here = torch.arange(past, past + T, device=device)
+    if segments is not None and bool((segments != segments[:, :1]).any()):  # packed: block-diagonal and causal
+        B = segments.shape[0]
+        new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # first token of each segment
+        first = torch.where(new, here, 0).cummax(dim=1).values
+        same = segments[:, :, None] == segments[:, None, :]
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        return here.expand(B, T) - first, (same & causal)[:, None]
+    if start is not None:  # left-padded prompts; a padding row may look at itself, or its softmax would be 0/0
+        S = torch.arange(past + T, device=device)
+        mask = (S <= here[:, None]) & ((S >= start[:, None, None]) | (S == here[:, None]))  # (B, T, S)
+        return (here - start[:, None]).clamp(min=0), mask[:, None]
+    return here, None
+
+
+def sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random) -> torch.Tensor:
+    """One id per row of logits (B, V). Order: penalty, temperature, top-k, top-p."""
+    if repetition_penalty != 1.0:  # CTRL's rule (1909.05858): push down what the text already holds
+        pushed = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, pushed, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:  # the smallest set of likeliest ids whose probabilities reach top_p
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-9), float("-inf"))
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+
+
+# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `latest` ------
+
+def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: Optional[dict] = None,
+         keep: int = 2) -> Path:
+    """Writes folder/step-NNNNNN and points folder/latest at it; a crash at any moment leaves the previous one valid.
+
+    meta must hold "step". The last `keep` steps stay. Raises OSError (disk full, no permission).
+    """
+    folder = Path(folder)
+    target = folder / f"step-{meta['step']:06d}"
+    partial = folder / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        torch.save(model.state_dict(), partial / "model.pt")
+        if optimizer is not None:
+            torch.save(optimizer, partial / "optim.pt")
+        if tokenizer_path is not None:
+            shutil.copy(tokenizer_path, partial / "tokenizer.model")
+            meta = {**meta, "tokenizer_sha256": hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()}
+        meta = {**meta, "config": asdict(model.config), "torch": torch.__version__,
+                "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        for file in partial.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        replaced = folder / f".{target.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():  # the same step again: renaming onto a folder that is not empty fails
+            os.rename(target, replaced)
+        os.rename(partial, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"could not write {target} ({error}); the checkpoints before it are intact") from error
+    (folder / ".latest.partial").write_text(target.name)
+    os.replace(folder / ".latest.partial", folder / "latest")
+    others = [step for step in _steps(folder) if step != target]  # a new run in an old folder has the lowest number
+    for old in others[:max(0, len(others) + 1 - keep)]:
+        shutil.rmtree(old)
+    return target
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda p: int(p.name[len("step-"):]))
+
+
+def find(folder) -> Path:
+    """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
+    folder = Path(folder)
+    if (folder / "model.pt").exists():
+        return folder
+    if (folder / "latest").exists():
+        named = folder / (folder / "latest").read_text().strip()
+        if named.exists():
+            return named
+    if _steps(folder):  # a crash between two renames
+        return _steps(folder)[-1]
+    here = [p.parent.name for p in folder.parent.glob("*/latest")] if folder.parent.exists() else []
+    raise Problem(f"no checkpoint in {folder}" + (f"; there are {', '.join(sorted(here))} beside it" if here else
+                  "; `python train_sft.py` trains one in minutes"))
+
+
+def read(path: Path) -> dict:
+    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them)."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip() or next((part.filename for part in z.infolist() if part.external_attr & 16), None)
+        if damaged:
+            raise Problem(f"{path} is damaged (checksum of {damaged} is wrong)")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile,
+            pickle.UnpicklingError) as error:
+        raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
+
+
+def load(folder) -> tuple[LLaMA, Path, dict]:
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict."""
+    step = find(folder)
+    try:
+        meta = json.loads((step / "meta.json").read_text())
+    except ValueError as error:
+        raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
+    model = LLaMA(LLaMAConfig(**meta["config"]))
+    model.load_state_dict(read(step / "model.pt"))
+    return model.eval(), step / "tokenizer.model", meta
+
+
+# -- python model.py --------------------------------------------------------------------------------------------------
+
+@dataclass
+class ModelConfig:
+    preset: str = ""  # one of the presets; all when not given
+    vocab_size: int = 32000  # rows of the embedding
+
+
+def main(cfg: ModelConfig) -> dict:
+    if cfg.preset and cfg.preset not in PRESETS:
+        raise Problem(f"--preset={cfg.preset}: there are {', '.join(PRESETS)}")
+    figures = {}
+    for name in [cfg.preset] if cfg.preset else PRESETS:
+        with torch.device("meta"):  # shapes only: no memory
+            model = LLaMA(LLaMAConfig(vocab_size=cfg.vocab_size, **PRESETS[name]))
+        figures[name] = sum(p.numel() for p in model.parameters())
+        c = model.config
+        print(f"{name:>6}: {figures[name]:>14,} parameters   dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
+              f"feed-forward {c.hidden_dim}")
+        if cfg.preset:
+            for part, p in model.named_parameters():
+                if not re.match(r"layers\.[1-9]", part):
+                    print(f"        {part:<34} {tuple(p.shape)}")
+    return figures
+
+
+if __name__ == "__main__":
+    run(main, ModelConfig)
