@@ -1,0 +1,248 @@
+"""Talk to it in a terminal.
+
+    python sample.py                                # the newest chat model under out/
+    python sample.py --ckpt=out/alpaca --temperature=0.7
+    python sample.py --prompt="Who are you?"        # one answer, then exit
+    cat questions.txt | python sample.py            # one message a line, answers on standard output
+    python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
+
+In the chat: /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer and keeps the chat.
+What was read once stays in the KV cache: a new turn costs only its own tokens, however long the chat is.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Literal, Optional
+
+import torch
+
+import data
+import model
+from config import Problem, run
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = ""  # checkpoint folder; the newest of out/vicuna, out/alpaca, out/base, ... when not given
+    prompt: str = ""  # ask this once and exit
+    template: str = ""  # the model's own when not given
+    max_new_tokens: int = 256  # longest answer
+    temperature: float = 0.0  # 0: always the likeliest token; Vicuna's demo used 0.7
+    top_k: int = 0  # sample among so many likeliest tokens; 0: all
+    top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
+    repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
+    seed: int = 0  # of the sampling
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 from 1 B parameters up
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise Problem("--temperature and --top_k must not be negative, --top_p lies in (0, 1], "
+                          "--repetition_penalty is above 0")
+        try:
+            torch.empty(0, device="cpu" if self.device == "auto" else self.device)
+        except (RuntimeError, AssertionError) as error:  # no such device in the world, or none in this machine
+            raise Problem(f"--device={self.device}: {str(error).splitlines()[0]}") from None
+        if self.max_new_tokens < 1:
+            raise Problem(f"--max_new_tokens={self.max_new_tokens} must be at least 1")
+
+
+class Chat:
+    """One conversation with a model. The cache holds the tokens of `read`; a turn reads only what is new."""
+
+    def __init__(self, net: model.LLaMA, tokenizer: data.Tokenizer, template: str, cfg: SampleConfig):
+        self.net, self.tokenizer, self.template, self.cfg = net, tokenizer, template, cfg
+        weight = net.tok_embeddings.weight
+        self.cache = model.KVCache(net.config, 1, None, weight.dtype, weight.device)
+        self.read: list[int] = []
+        self.turns: list[data.Turn] = []
+        self.system: Optional[str] = None  # of a loaded chat
+        self.speed = ""
+
+    def prompt(self) -> list[int]:
+        """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
+        turns, room = self.turns, self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
+        while True:
+            tokens = data.render(data.Conversation(turns, system=self.system), self.template, self.tokenizer).tokens
+            if len(tokens) < room or len(turns) < 3:
+                return tokens
+            turns = turns[2:]
+
+    def answer(self, text: str, retry: int = 0) -> Iterator[str]:
+        """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
+        self.turns.append(data.Turn("user", text))
+        said = ""
+        try:
+            for said, piece in self._stream(self.prompt(), retry):
+                yield piece
+        except Problem:
+            self.turns.pop()
+            raise
+        finally:
+            if self.turns and self.turns[-1].role == "user":
+                self.turns.append(data.Turn("assistant", said))
+
+    def _stream(self, prompt: list[int], retry: int) -> Iterator[tuple[str, str]]:
+        same = 0  # how much of the prompt the cache holds; the last token is read again to get its logits
+        while same < min(len(prompt) - 1, len(self.read)) and prompt[same] == self.read[same]:
+            same += 1
+        self.cache.truncate(same)
+        self.read = list(prompt)
+        cfg, ids, said, start = self.cfg, [], "", time.perf_counter()
+        temperature = max(cfg.temperature, 0.7) if retry else cfg.temperature  # the same answer again is no use
+        try:
+            for (i,) in self.net.generate([prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
+                                          cfg.repetition_penalty, (self.tokenizer.eos,), cfg.seed + retry,
+                                          cache=self.cache):
+                ids.append(i)
+                if i == self.tokenizer.eos:
+                    break
+                text = self.tokenizer.decode(ids, data.get_template(self.template).glued)
+                if text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                    continue
+                yield text, text[len(said):]
+                said = text
+        finally:
+            self.read = (prompt + ids)[:self.cache.length]
+            seconds = time.perf_counter() - start
+            self.speed = (f"{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.0f} tok/s, {len(prompt) - same} of "
+                          f"{len(prompt)} prompt tokens read")
+
+    def undo(self) -> str:
+        """Takes the last round back; returns what was asked."""
+        if not self.turns:
+            raise Problem("nothing to take back yet")
+        asked = self.turns[-2].text
+        del self.turns[-2:]
+        return asked
+
+    def save(self, path: str) -> None:
+        messages = [{"from": "system", "value": self.system}] if self.system else []
+        for asked, reply in zip(self.turns[::2], self.turns[1::2]):
+            if reply.text.strip():  # a loader would cut the chat at an empty message
+                text = asked.text + ("\n" + asked.input if asked.input else "")
+                messages += [{"from": "human", "value": text}, {"from": "gpt", "value": reply.text}]
+        text = json.dumps([dict(id="chat", conversations=messages)], indent=1, ensure_ascii=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    def load(self, path: str) -> None:
+        chat = data.load_conversations(path)[0]
+        self.turns, self.system = chat.turns, chat.system
+
+
+def newest(out: Path = Path("out")) -> Path:
+    """The last trained checkpoint under out/, chat models before base models."""
+    names = [out / n for n in ("vicuna", "alpaca")]
+    names += sorted(out.glob("*/"), key=lambda p: (p.name == "base", -p.stat().st_mtime))
+    for folder in names:
+        if (folder / "latest").exists():
+            return folder
+    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> Vicuna in minutes, "
+               "`python train_sft.py --fast` in about 90 seconds")
+    if Path("tests/micro/model.pt").exists():
+        message += "; `python sample.py --ckpt=tests/micro` talks to a tiny one that came with the code"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise Problem(message)
+    print(message + ".")
+    if input("Train the fast one now? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Problem("nothing to talk to")
+    import train_sft  # only here: this file otherwise needs no training code
+    train_sft.main(train_sft.SFTConfig(fast=True))
+    return out / "vicuna"
+
+
+def open_chat(cfg: SampleConfig) -> Chat:
+    net, tokenizer_path, meta = model.load(cfg.ckpt or newest())
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    large = sum(p.numel() for p in net.parameters()) > 1e9
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and large) else torch.float32
+    template = cfg.template or meta["template"]
+    data.get_template(template)
+    return Chat(net.to(device, dtype), data.Tokenizer(tokenizer_path), template, cfg)
+
+
+def say(chat: Chat, text: str, retry: int = 0) -> None:
+    """Prints the answer as it comes. Ctrl-C ends it, not the program."""
+    try:
+        for piece in chat.answer(text, retry):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    if sys.stdout.isatty():
+        print(f"\033[90m({chat.speed})\033[0m")
+
+
+def command(chat: Chat, line: str) -> bool:
+    """A line that begins with a slash. False: leave."""
+    word, _, rest = line.partition(" ")
+    if word in ("/quit", "/exit"):
+        return False
+    try:
+        if word == "/reset":
+            chat.turns, chat.system = [], None
+            print("(a new chat)")
+        elif word == "/undo":
+            print(f"(took back: {chat.undo()})")
+        elif word == "/retry":
+            chat.retries = getattr(chat, "retries", 0) + 1
+            say(chat, chat.undo(), chat.retries)
+        elif word == "/save" and rest:
+            chat.save(rest)
+            print(f"(saved {len(chat.turns) // 2} rounds in {rest})")
+        elif word == "/load" and rest:
+            chat.load(rest)
+            for turn in chat.turns:
+                print(("> " if turn.role == "user" else "") + turn.text)
+        else:
+            print("/reset  /undo  /retry  /save FILE  /load FILE  /quit")
+    except (Problem, OSError) as problem:
+        print(f"({problem})")
+    return True
+
+
+def main(cfg: SampleConfig) -> dict:
+    chat = open_chat(cfg)
+    if cfg.prompt:
+        say(chat, cfg.prompt)
+        return dict(rounds=1, speed=chat.speed)
+    interactive = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a stray Latin-1 byte is no reason to stop
+    if interactive:
+        try:
+            import readline  # noqa: F401  arrow keys and history, where Python has it
+        except ImportError:
+            pass
+        print(f"{sum(p.numel() for p in chat.net.parameters()) / 1e6:.1f} M parameters, template {chat.template}. "
+              "/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("> ") if interactive else sys.stdin.readline()
+        except KeyboardInterrupt:
+            print("\n(/quit leaves)")
+            continue
+        except EOFError:
+            print()
+            break
+        if not interactive and not line:
+            break
+        line = line.strip()
+        if line.startswith("/"):
+            if not command(chat, line):
+                break
+        elif line:
+            try:
+                say(chat, line)
+            except Problem as problem:
+                print(f"({problem})")
+    return dict(rounds=len(chat.turns) // 2, speed=chat.speed)
+
+
+if __name__ == "__main__":
+    run(main, SampleConfig)
