@@ -66,7 +66,7 @@ class LLaMAConfig:
 
 # Table 2 of [1]; the small ones are ours.
 PRESETS = {
-    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "toy": dict(dim=128, n_layers=4, n_heads=4, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
@@ -218,14 +218,15 @@ class LLaMA(nn.Module):
     def init_weights(self) -> None:
         """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
 
-        At toy widths the usual 0.02 leaves attention almost uniform, and the model takes twice as long to learn to
-        look things up in its context.
+        The embeddings share a mean: rotary attention can only look at "the token before" through something that all
+        tokens have in common, and without it a toy model spends hundreds of steps to grow that first.
         """
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 std = 0.6 / math.sqrt(p.shape[-1])
                 into_residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layers) if into_residual else std)
+                nn.init.normal_(p, mean=std if name.startswith("tok_") else 0.0,
+                                std=std / math.sqrt(2 * self.config.n_layers) if into_residual else std)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

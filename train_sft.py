@@ -47,8 +47,8 @@ class SFTConfig:
     micro_batch: int = 0  # rows in one forward pass; 0: all of them
     steps: int = 0  # optimizer steps; 0: chosen from the data and --epochs
     epochs: float = 3.0  # passes over your own data when --steps is not given
-    learning_rate: float = 0.0  # peak; 0: 8e-4 for the small presets, 2e-5 for 7B and up
-    warmup: float = 0.04  # share of the steps
+    learning_rate: float = 0.0  # peak; 0: 5e-4 for the small presets, 2e-5 for 7B and up
+    warmup: float = 0.1  # share of the steps
     min_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.1  # on matrices only
     beta2: float = 0.99  # AdamW's second moment; the first is 0.9
@@ -264,7 +264,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
     folder = Path(cfg.out) / name
     if not cfg.learning_rate:
         large = cfg.preset not in ("toy", "small")
-        cfg = replace(cfg, learning_rate=2e-5 if large else 8e-4)
+        cfg = replace(cfg, learning_rate=2e-5 if large else 5e-4)
     settings = {key: getattr(cfg, key) for key in SETTINGS}
     settings.update(template=template, data=source, parent=parent and str(model.find(parent)))
     meta = dict(stage=name, template=template, parent=settings["parent"], settings=settings)
@@ -451,8 +451,8 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain ----------------------------------------------------------------------------------------------------
 
-TOY = dict(documents=40000, instructions=14000, conversations=8000, base=1000, alpaca=250, vicuna=850, questions=150)
-FAST = dict(documents=20000, instructions=6000, conversations=3000, base=400, alpaca=100, vicuna=100, questions=60)
+TOY = dict(documents=40000, instructions=14000, conversations=8000, base=800, alpaca=250, vicuna=750, questions=100)
+FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)
 
 
 def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
