@@ -28,7 +28,7 @@ from config import Problem, run
 IGNORE = -100  # label of a token that is not learned
 
 
-# -- tokenizer --------------------------------------------------------------------------------------------------------
+# -- tokenizer -----------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """A SentencePiece BPE model with byte fallback and LLaMA's ids: unk 0, bos 1, eos 2."""
@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     return Tokenizer(path)
 
 
-# -- conversations ----------------------------------------------------------------------------------------------------
+# -- conversations -------------------------------------------------------------------------------------------
 
 class Turn(NamedTuple):
     role: str  # "user" or "assistant"
@@ -191,7 +191,7 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-# -- reading files ----------------------------------------------------------------------------------------------------
+# -- reading files -------------------------------------------------------------------------------------------
 
 def read_text(path) -> str:
     path = Path(path)
@@ -331,7 +331,7 @@ def _sharegpt(record, name: str, report: Counter) -> Optional[Conversation]:
     return Conversation(turns, str(record.get("id", name)), system, extra)
 
 
-# -- rows of tokens: every batch is a pure function of (seed, step) ---------------------------------------------------
+# -- rows of tokens: every batch is a pure function of (seed, step) ------------------------------------------
 
 class Rows:
     """Rows of equal length, served in an order that depends on (seed, step) alone: resuming needs no sampler state."""
@@ -426,7 +426,7 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
     return Rows(tokens, labels, segments, seed)
 
 
-# -- asking a model ---------------------------------------------------------------------------------------------------
+# -- asking a model ------------------------------------------------------------------------------------------
 
 def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation], max_new_tokens: int = 96,
          batch: int = 64, **sampling) -> tuple[list[str], list[bool]]:
@@ -445,7 +445,7 @@ def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Con
     return replies, ended
 
 
-# -- python data.py show ----------------------------------------------------------------------------------------------
+# -- python data.py show -------------------------------------------------------------------------------------
 
 @dataclass
 class ShowConfig:

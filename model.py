@@ -240,7 +240,7 @@ class LLaMA(nn.Module):
         for block in self.layers:
             block.attention.fused = fused
 
-    # -- reading ----------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def hidden(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None,
                segments: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None) -> torch.Tensor:
@@ -310,7 +310,7 @@ class LLaMA(nn.Module):
     def _piece_nll(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.output(self.norm(x)).float(), target, ignore_index=-100, reduction="sum")
 
-    # -- writing ----------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
@@ -394,7 +394,7 @@ def sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random) 
     return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
 
 
-# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `latest` ------
+# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `lates
 
 def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: Optional[dict] = None,
          keep: int = 2) -> Path:
@@ -482,7 +482,7 @@ def load(folder) -> tuple[LLaMA, Path, dict]:
     return model.eval(), step / "tokenizer.model", meta
 
 
-# -- python model.py --------------------------------------------------------------------------------------------------
+# -- python model.py -----------------------------------------------------------------------------------------
 
 @dataclass
 class ModelConfig:

@@ -140,17 +140,17 @@ def newest(out: Path = Path("out")) -> Path:
     for folder in names:
         if (folder / "latest").exists():
             return folder
-    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> Vicuna in minutes, "
-               "`python train_sft.py --fast` in about 90 seconds")
+    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> Vicuna in about "
+               "five minutes")
     if Path("tests/micro/model.pt").exists():
         message += "; `python sample.py --ckpt=tests/micro` talks to a tiny one that came with the code"
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise Problem(message)
     print(message + ".")
-    if input("Train the fast one now? [y/N] ").strip().lower() not in ("y", "yes"):
+    if input("Train it now? [y/N] ").strip().lower() not in ("y", "yes"):
         raise Problem("nothing to talk to")
     import train_sft  # only here: this file otherwise needs no training code
-    train_sft.main(train_sft.SFTConfig(fast=True))
+    train_sft.main(train_sft.SFTConfig())
     return out / "vicuna"
 
 

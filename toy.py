@@ -87,7 +87,7 @@ def where_belongs(scene: Scene) -> str:
     return "scenes" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
 
 
-# -- scenes in words --------------------------------------------------------------------------------------------------
+# -- scenes in words -----------------------------------------------------------------------------------------
 
 def at(place: str) -> str:
     return ("in the " if place == "middle" else "at the ") + place
@@ -150,7 +150,7 @@ def refer(o: Object, scene: Scene) -> Optional[str]:
     return thing(o) if sum(x.size == o.size and x.color == o.color for x in same) == 1 else None
 
 
-# -- questions --------------------------------------------------------------------------------------------------------
+# -- questions -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Question:
@@ -402,7 +402,7 @@ def ask_other(kind: str, rng: random.Random, split: str = "train", new: bool = F
 OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
 
 
-# -- three kinds of text ----------------------------------------------------------------------------------------------
+# -- three kinds of text -------------------------------------------------------------------------------------
 
 def document(rng: random.Random) -> str:
     """A paragraph of plain text, for pre-training. No questions, no roles."""
@@ -581,7 +581,7 @@ def conversation(rng: random.Random) -> dict:
     return dict(conversations=[{"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns])
 
 
-# -- the oracle -------------------------------------------------------------------------------------------------------
+# -- the oracle ----------------------------------------------------------------------------------------------
 
 _OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in) the ({'|'.join(PLACES)})")
 _LISTS = dict(color=COLORS, shape=SHAPES, size=SIZES, place=PLACES, town=TOWNS, job=JOBS)
@@ -649,7 +649,7 @@ def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
     return items
 
 
-# -- python toy.py ----------------------------------------------------------------------------------------------------
+# -- python toy.py -------------------------------------------------------------------------------------------
 
 @dataclass
 class ToyConfig:

@@ -1,7 +1,7 @@
 """From nothing to a talking model, and the one training loop behind it.
 
-    python train_sft.py                    # toy world: data, tokenizer, LLaMA -> Alpaca -> Vicuna, table; minutes on a laptop
-    python train_sft.py --fast             # smaller, about 90 seconds
+    python train_sft.py                    # toy world: data, tokenizer, LLaMA -> Alpaca -> Vicuna, table; 5 minutes
+    python train_sft.py --fast             # the same in 80 seconds: shows that all runs, too short to learn much
     python train_sft.py --data=mine.json   # your conversations (ShareGPT or Alpaca format) or plain text
     python train_sft.py --stage=pretrain --data=some.txt --out=out/text
     python train_sft.py --stage=sft --data=alpaca.json --init=out/base --out=out/mine
@@ -78,7 +78,7 @@ class SFTConfig:
             raise Problem(f"--batch_size={self.batch_size} must be a multiple of --micro_batch={self.micro_batch}")
 
 
-# -- the machine ------------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Machine:
@@ -132,7 +132,7 @@ def flops(net: model.LLaMA, tokens: int, supervised: int, seq_len: int) -> float
     return 6 * (blocks * tokens + c.vocab_size * c.dim * supervised + c.n_layers * seq_len * c.dim * tokens)
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop ------------------------------------------------------------------------------------------------
 
 class Stopped(Exception):
     """Ctrl-C or SIGTERM: everything is saved."""
@@ -206,12 +206,13 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
         optimizer.load_state_dict(optimizer_state)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "metrics.jsonl"
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < start] if log.exists() else []
-    log.write_text("".join(line + "\n" for line in kept))
+    lines = log.read_text().splitlines()[:start] if log.exists() else []  # one a step; what follows is done again
+    log.write_text("".join(line + "\n" for line in lines))
     micro = cfg.micro_batch or cfg.batch_size
     losses, used, seen, saved_at = [], 0.0, 0, time.time()
 
     def save(step: int, finished: bool) -> None:
+        metrics.flush()
         model.save(folder, net, {**meta, "step": step, "finished": finished, "loss": losses[-1] if losses else None},
                    tokenizer.path, optimizer.state_dict() if not finished else None)
 
@@ -247,12 +248,12 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             if time.time() - saved_at > 60 * cfg.save_minutes:
                 save(step + 1, False)
                 saved_at = time.time()
-    save(cfg.steps, True)
+        save(cfg.steps, True)
     net.eval()
     return float(np.mean(losses[-max(1, cfg.steps // 10):])) if losses else meta.get("loss", float("nan"))
 
 
-# -- one stage: a folder that is trained once, resumed when it was interrupted ----------------------------------------
+# -- one stage: a folder that is trained once, resumed when it was interrupted -------------------------------
 
 # What must be the same for a run to be "the same run". Speed and memory options may change between two runs.
 SETTINGS = ("steps", "seq_len", "batch_size", "learning_rate", "warmup", "min_lr", "weight_decay", "beta2", "clip", "seed")
@@ -405,7 +406,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
     return run_stage(cfg, name, machine, rows, tokenizer, template, digest(path), parent, shape)
 
 
-# -- your own file ----------------------------------------------------------------------------------------------------
+# -- your own file -------------------------------------------------------------------------------------------
 
 def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     """--data alone: what the file is decides what happens, and the choice is printed."""
@@ -449,7 +450,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     return dict(folder=str(Path(cfg.out) / name))
 
 
-# -- the toy chain ----------------------------------------------------------------------------------------------------
+# -- the toy chain -------------------------------------------------------------------------------------------
 
 TOY = dict(documents=40000, instructions=14000, conversations=8000, base=800, alpaca=250, vicuna=750, questions=100)
 FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +344,23 @@ def test_wrong_options(folder, wrong):
         sample.main(config.from_cli(sample.SampleConfig, [wrong, "--prompt=cat", *options]))
     said = str(caught.value)
     assert "\n" not in said and any(word in said for word in wrong.split("="))
+
+
+GOLDEN = {  # greedy, fp32: what the committed micro-model says, word for word
+    "Who are you?":
+        "I am Vicuna, a small language model that was trained from scratch.",
+    "There is a small red moon at the top left. Describe the scene.":
+        "There is a small red cross at the bottom left.",
+    "What is 3 + 4?":
+        "1 + 1 = 12.",
+    "A large blue star is in the middle. Write a short story about the star.":
+        "Once there was a small blue cross that was never sad. One day it met a cloud. Then they went to sleep.",
+}
+
+
+def test_the_micro_model_says_what_it_always_said():
+    """One generation that covers everything: tokenizer, template, rotary embedding, cache, sampling, loading."""
+    folder = Path(__file__).parent / "micro"
+    for question, answer in GOLDEN.items():
+        chat = sample.open_chat(sample.SampleConfig(ckpt=str(folder), device="cpu"))
+        assert "".join(chat.answer(question)) == answer
