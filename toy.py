@@ -494,21 +494,18 @@ class Item:
     told: str = ""  # the scene as it was told
 
 
-def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = None, last: Optional[str] = None,
-             scene: Optional[Scene] = None) -> Item:
-    """A conversation of some rounds with full answers. `last` fixes the kind of the last question."""
+def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = None) -> Item:
+    """A conversation of some rounds with full answers, up to its last question."""
     new_words, new_forms = split == "names", split == "phrasings"
-    scene = scene or pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
+    scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
     rounds = rounds or rng.randint(2, 4)
     turns, told, name, word, said, focus = [], "", None, None, [], None
     target = next((o for o in scene if (o.color, o.shape) in HELD_PAIRS), None) if split == "pairs" else None
     while True:
         final = len(turns) == 2 * (rounds - 1)
-        kind = last if final and last else rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("who", "who", "intro", "word", "word",
-                                                                             "it", "it", "it", "name", "name", "first"))
+        kind = rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("who", "who", "intro", "word", "word", "it", "it", "it",
+                                                           "name", "name", "first"))
         lead, q, later = "", None, False
-        if final and last == "name" and not name:
-            kind = "intro"  # cannot happen in the last round: the caller plants it earlier
         if kind == "intro" and not final:
             if name:
                 continue
@@ -536,8 +533,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
                 o = word[1]
                 kind_ = rng.choice(("color", "where", "size"))
                 text = phrase(kind_, rng, new_forms, ref=word[0])
-                value = {"color": o.color, "where": at(o.place), "size": o.size}[kind_]
-                truth = {"color": {"color": {o.color}}, "where": {"place": {o.place}}, "size": {"size": {o.size}}}[kind_]
+                value, truth = attribute(o, kind_)
                 q, later = Question("word", "memory", text, f"The {word[0]} is {value}.", value, truth, True), True
         elif kind == "it" and told and focus:
             o = focus
@@ -545,8 +541,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             text = {"color": ("What color is it?", "And its color?", "Which color does it have?"),
                     "where": ("Where is it?", "And where is it?", "In which place is it?"),
                     "size": ("How big is it?", "And its size?", "Is it small or large?")}[kind_]
-            value = {"color": o.color, "where": at(o.place), "size": o.size}[kind_]
-            truth = {"color": {"color": {o.color}}, "where": {"place": {o.place}}, "size": {"size": {o.size}}}[kind_]
+            value, truth = attribute(o, kind_)
             q, later = Question("it", "memory", rng.choice(text), f"It is {value}.", value, truth, True), True
         elif kind in ("who", *OTHER_KINDS):
             q = ask_other(kind, rng, split if final and split == "facts" else "train", new_forms and final)
@@ -563,9 +558,16 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             return Item(turns + [["user", lead + q.text]], q, split, later, told)
         if kind in ("color", "where", "size", "at", "shape") and q.truth.get("yesno") is None:
             focus = focus_of(q, scene)
-        elif kind not in ("it",):
+        elif kind != "it":
             focus = None
         turns += [["user", lead + q.text], ["assistant", q.full]]
+
+
+def attribute(o: Object, kind: str) -> tuple[str, dict]:
+    """What an object's colour, place or size is called, and the truth to look for."""
+    if kind == "where":
+        return at(o.place), {"place": {o.place}}
+    return getattr(o, kind), {kind: {getattr(o, kind)}}
 
 
 def focus_of(q: Question, scene: Scene) -> Optional[Object]:

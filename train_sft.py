@@ -11,9 +11,11 @@ References: LLaMA (2302.13971) section 2.3 for the optimizer; Alpaca and Vicuna 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import random
+import shutil
 import signal
 import sys
 import time
@@ -278,7 +280,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
             net = model.LLaMA(model.LLaMAConfig(**{**shape, "vocab_size": tokenizer.vocab_size,
                                                    "max_seq_len": max(cfg.seq_len, shape.get("max_seq_len", 2048))}))
         for old in folder.glob("step-*"):
-            model.shutil.rmtree(old)
+            shutil.rmtree(old)
     else:
         net, _, old = model.load(folder)
         for key, value in settings.items():
@@ -315,7 +317,7 @@ def adopt(parent: str, tokenizer: data.Tokenizer) -> model.LLaMA:
 
 
 def digest(path) -> str:
-    return model.hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTConfig) -> data.Rows:
@@ -471,7 +473,7 @@ def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
     return paths
 
 
-def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, machine: Machine, shots: str = ""):
+def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, shots: str = ""):
     """A player answers test items: items -> (replies, ended by itself). A base model sees plain text and is cut at
     its first newline; `shots` are solved examples put before the question."""
     def play(items: list) -> tuple[list[str], list[bool]]:
@@ -583,12 +585,12 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
 
     records = json.loads(paths["alpaca"].read_text())
     shots = "".join(f"{(r['input'] + ' ' + r['instruction']).strip()}\n{r['output']}\n\n" for r in records[:4])
-    vicuna_player = model_player(vicuna, tokenizer, "vicuna_v1.1", machine)
-    players = {"base": model_player(base, tokenizer, "plain", machine),
-               "few-shot": model_player(base, tokenizer, "plain", machine, shots),
-               "Alpaca": model_player(alpaca, tokenizer, "alpaca", machine),
+    vicuna_player = model_player(vicuna, tokenizer, "vicuna_v1.1")
+    players = {"base": model_player(base, tokenizer, "plain"),
+               "few-shot": model_player(base, tokenizer, "plain", shots),
+               "Alpaca": model_player(alpaca, tokenizer, "alpaca"),
                "Vicuna": vicuna_player,
-               "no LLaMA": model_player(unread, tokenizer, "vicuna_v1.1", machine),
+               "no LLaMA": model_player(unread, tokenizer, "vicuna_v1.1"),
                "no scene": hidden_scene(vicuna_player),
                "copier": copier(records), "frequent": most_frequent(records)}
     rows = {**ROWS, **MORE_ROWS} if cfg.full else ROWS
