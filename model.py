@@ -2,6 +2,7 @@
 
     python model.py               # the published sizes and their parameter counts
     python model.py --preset=7B   # one of them, part by part
+    python model.py --preset=7B --gpus=8 --seq=2048 --batch=4   # what training it takes: memory, hours, dollars
 
 References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models (arXiv 2302.13971);
 [2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm (1910.07467);
@@ -25,7 +26,7 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Literal, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -565,17 +566,76 @@ def load(folder, mmap: bool = False) -> tuple[LLaMA, Path, dict]:
     return model.eval(), tokenizer, meta
 
 
+# -- the estimator: python model.py --preset=7B --gpus=8 --seq=2048 --batch=4 --------------------------------
+
+GPUS = {"A100-40GB": (40, 312), "A100-80GB": (80, 312), "H100": (80, 989), "H200": (141, 989), "RTX4090": (24, 165)}
+# GB of memory, dense bfloat16 TFLOP/s; from the makers' data sheets
+
+
+def step_flops(config: LLaMAConfig, seq: int, checkpointing: bool = False) -> float:
+    """Of a training step, per token: 2 forward and 4 backward for each weight of a matrix product, 2 more where the
+    forward pass is done again; attention's two products likewise, halved because they are causal."""
+    c, passes = config, 4 if checkpointing else 3
+    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
+    return 2 * passes * c.n_layers * (block + seq * c.dim) + 6 * c.vocab_size * c.dim
+
+
+def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, dtype=torch.bfloat16,
+           checkpointing: bool = False) -> dict[str, float]:
+    """Bytes on each GPU in training with AdamW, fp32 master weights and every token learned; "peak" is what must fit.
+
+    What autograd keeps of a block is counted tensor by tensor, as Block.forward makes them.
+    """
+    c, n, e = config, batch * seq, 2 if dtype == torch.bfloat16 else 4  # n tokens, e bytes of an activation
+    kv, vocab = c.n_kv_heads * c.head_dim, c.vocab_size * c.dim
+    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim + 2 * c.dim
+    total = c.n_layers * block + (1 if c.tied else 2) * vocab + c.dim
+    kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
+                + e * (c.dim + 2 * kv) + 4 * c.n_heads + e * c.dim  # q, k, v; log of the softmax' sum; what wo reads
+                + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
+    activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
+    rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once
+    loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, and the logits'; the rows that are learned
+    if gpus > 1:  # two blocks are whole at a time, and the matrices at both ends; two blocks' gradients wait to be summed
+        copies = e * (2 * block + 2 * vocab) + (e + 4) * 2 * block
+    else:
+        copies = 2 * total if e == 2 else 0  # autocast's copies of the weights
+    parts = dict(weights=4 * total / gpus, gradients=4 * total / gpus, optimizer=8 * total / gpus, copies=copies,
+                 activations=activations, loss=loss)
+    # Gradients come as activations go. The top is at the loss, or where the backward pass enters the last block or
+    # leaves the first; inside a block, gradients of activations and (checkpointing) the block's own come on top.
+    inside = n * e * 3 * c.hidden_dim + (kept if checkpointing else 0)
+    top = max(activations + loss, activations + 4 * vocab / gpus + inside, parts["gradients"] + inside)
+    return dict(parts, peak=parts["weights"] + parts["optimizer"] + copies + top)
+
+
 # -- python model.py -----------------------------------------------------------------------------------------
 
 @dataclass
 class ModelConfig:
     preset: str = ""  # one of the presets; all when not given
     vocab_size: int = 32000  # rows of the embedding
+    gpus: int = 0  # what training takes on so many (FSDP)
+    gpu: Literal["A100-40GB", "A100-80GB", "H100", "H200", "RTX4090"] = "A100-80GB"  # of this kind
+    seq: int = 2048  # tokens in a row
+    batch: int = 1  # rows in one forward pass on one GPU
+    tokens: float = 1.1e9  # to train on: ShareGPT's 370 M three times, as Vicuna did
+    mfu: float = 0.4  # share of the GPU's peak that is reached
+    price: float = 1.5  # dollars per GPU and hour; what Vicuna's published $300 for a day on 8 come to
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq", "batch", "tokens", "mfu", "price"):
+            if getattr(self, name) <= 0:
+                raise Problem(f"--{name}={getattr(self, name)} must be more than 0")
+        if self.gpus < 0 or self.mfu > 1:
+            raise Problem("--gpus must not be negative, and --mfu at most 1")
+        if self.preset and self.preset not in PRESETS:
+            raise Problem(f"--preset={self.preset}: there are {', '.join(PRESETS)}")
+        if self.gpus and not self.preset:
+            raise Problem(f"--gpus={self.gpus} needs --preset, one of {', '.join(PRESETS)}")
 
 
 def main(cfg: ModelConfig) -> dict:
-    if cfg.preset and cfg.preset not in PRESETS:
-        raise Problem(f"--preset={cfg.preset}: there are {', '.join(PRESETS)}")
     figures = {}
     for name in [cfg.preset] if cfg.preset else PRESETS:
         with torch.device("meta"):  # shapes only: no memory
@@ -584,11 +644,29 @@ def main(cfg: ModelConfig) -> dict:
         c = model.config
         print(f"{name:>6}: {figures[name]:>14,} parameters   dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
               f"feed-forward {c.hidden_dim}")
-        if cfg.preset:
+        if cfg.preset and not cfg.gpus:
             for part, p in model.named_parameters():
                 if not re.match(r"layers\.[1-9]", part):
                     print(f"        {part:<34} {tuple(p.shape)}")
-    return figures
+    return figures | estimate(cfg, c) if cfg.gpus else figures
+
+
+def estimate(cfg: ModelConfig, config: LLaMAConfig) -> dict:
+    """Prints what full fine-tuning takes: memory on each GPU, time, money."""
+    room, peak = GPUS[cfg.gpu]
+    plain, saving = (memory(config, cfg.gpus, cfg.batch, cfg.seq, checkpointing=c) for c in (False, True))
+    print(f"full fine-tuning in bfloat16 on {cfg.gpus} x {cfg.gpu}, {cfg.batch} x {cfg.seq} tokens on each; GB per GPU:\n"
+          f"{'':<26}{'':>12}{'checkpointing':>16}")
+    for part in plain:
+        print(f"{part:>26}{plain[part] / 1e9:>12.1f}{saving[part] / 1e9:>16.1f}")
+    fits = [m["peak"] < 0.95 * room * 1e9 - 1e9 for m in (plain, saving)]  # CUDA takes about 1 GB, fragments the rest
+    print(f"{f'of {room} GB: does it fit?':>26}{'yes' if fits[0] else 'no':>12}{'yes' if fits[1] else 'no':>16}")
+    flops = step_flops(config, cfg.seq)
+    hours = flops * cfg.tokens / (cfg.gpus * peak * 1e12 * cfg.mfu) / 3600
+    print(f"{flops / 1e9:.1f} GFLOP per token; {cfg.tokens:.3g} tokens at {100 * cfg.mfu:.0f}% of {peak} TFLOP/s: "
+          f"{hours:.1f} hours, ${hours * cfg.gpus * cfg.price:.0f} at ${cfg.price} per GPU and hour")
+    return dict(peak=plain["peak"], peak_checkpointing=saving["peak"], fits=fits, flops=flops, hours=hours,
+                dollars=hours * cfg.gpus * cfg.price)
 
 
 if __name__ == "__main__":

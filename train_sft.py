@@ -502,7 +502,7 @@ def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTCo
           f"{100 * total / rows.tokens.size if not long else 100:.0f}% of the rows filled"
           + (f"; {long} longer than {cfg.seq_len} tokens were cut (--seq_len)" if long else "")
           + "".join(f"; {reason}: {n}" for reason, n in report.items()))
-    if not learned:
+    if not (rows.labels != data.IGNORE).any():
         raise Problem(f"{path}: nothing to learn in it: no reply fits into --seq_len={cfg.seq_len} tokens")
     return rows
 

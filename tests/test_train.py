@@ -16,7 +16,7 @@ import model
 import toy
 import train_sft
 
-SMALL = dict(vocab_size=400, seq_len=96, batch_size=2, device="cpu", dtype="float32")
+SMALL = dict(vocab_size=400, seq_len=320, batch_size=2, device="cpu", dtype="float32")
 MACHINE = train_sft.Machine("cpu", torch.float32, "test", 1e11)
 
 
