@@ -164,7 +164,15 @@ def choose_machine(cfg: SFTConfig) -> Machine:
     dtype = {"auto": torch.bfloat16 if good else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
     if cfg.dtype != "auto":
         reason = "as asked"
-    n = 8192 if device == "cuda" else 1024  # large enough to keep the chip busy
+    machine = Machine(device, dtype, reason, matrix_peak(device, dtype), rank, world, sharded)
+    print(f"{str(dtype)[6:]} on {device}: {reason}; {torch.get_num_threads()} threads; "
+          f"matrix products reach {machine.peak / 1e9:.0f} GFLOP/s" + (f"; {world} processes (FSDP)" if sharded else ""))
+    return machine
+
+
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product that is large enough to keep the chip busy."""
+    n = 8192 if device == "cuda" else 1024
     a = torch.randn(2 * n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
     times = []
@@ -172,10 +180,7 @@ def choose_machine(cfg: SFTConfig) -> Machine:
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # .item() waits for the device
         times.append(time.perf_counter() - start)
-    machine = Machine(device, dtype, reason, 2 * 2 * n ** 3 / sorted(times)[len(times) // 4], rank, world, sharded)
-    print(f"{str(dtype)[6:]} on {device}: {reason}; {torch.get_num_threads()} threads; "
-          f"matrix products reach {machine.peak / 1e9:.0f} GFLOP/s" + (f"; {world} processes (FSDP)" if sharded else ""))
-    return machine
+    return 2 * 2 * n ** 3 / sorted(times)[len(times) // 4]
 
 
 # -- many processes: each keeps its share of every matrix ----------------------------------------------------
