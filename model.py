@@ -587,11 +587,11 @@ def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, 
     What autograd keeps of a block is counted tensor by tensor, as Block.forward makes them.
     """
     c, n, e = config, batch * seq, 2 if dtype == torch.bfloat16 else 4  # n tokens, e bytes of an activation
-    kv, vocab = c.n_kv_heads * c.head_dim, c.vocab_size * c.dim
+    vocab = c.vocab_size * c.dim
     block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim + 2 * c.dim
     total = c.n_layers * block + (1 if c.tied else 2) * vocab + c.dim
     kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
-                + e * (c.dim + 2 * kv) + 4 * c.n_heads + e * c.dim  # q, k, v; log of the softmax' sum; what wo reads
+                + 4 * e * c.dim + 4 * c.n_heads  # q, k and v (repeated to all heads), what wo reads; softmax' sum
                 + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
     activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
     rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once

@@ -446,7 +446,7 @@ def newest_whole(folder: Path, settings: dict, machine: Machine) -> Optional[Fou
         try:
             net, _, meta = model.load(step, mmap=machine.sharded)
             state = None if meta["finished"] else model.read(step / "optim.pt", mmap=machine.sharded)
-            adapters = model.read(step / "lora.pt") if settings["lora_rank"] else {}
+            adapters = model.read(step / "lora.pt") if meta["settings"].get("lora_rank") else {}
         except (Problem, OSError) as damage:
             print(f"{damage}: going back to the checkpoint before it")
             continue

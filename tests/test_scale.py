@@ -450,22 +450,20 @@ def test_lora_trains_adapters_only_and_saves_them_alone_and_merged(files, tmp_pa
 def test_the_estimator_counts_what_autograd_keeps(dtype, kv):
     """Every tensor that one block saves for the backward pass, weights not counted."""
     c = model.LLaMAConfig(dim=128, n_layers=1, n_heads=4, n_kv_heads=kv, hidden_dim=320, vocab_size=67, max_seq_len=64)
-    net, x = model.LLaMA(c), torch.randn(2, 64, 128, requires_grad=True)
-    shapes = {tuple(p.shape) for p in net.parameters()} | {tuple(p.t().shape) for p in net.parameters() if p.dim() > 1}
-    kept = {}
+    net, x, kept = model.LLaMA(c), torch.randn(2, 64, 128, requires_grad=True), {}
 
     def keep(t):
-        if tuple(t.shape) not in shapes or t.shape == (128, 128):  # (B x T, C) has the shape of a weight: sort out below
-            kept[t.untyped_storage().data_ptr()] = t
+        kept[t.untyped_storage().data_ptr()] = t
         return t
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
         net.layers[0](x.to(dtype), net.cos[:64], net.sin[:64])
-    cos = {t.untyped_storage().data_ptr() for t in (net.cos, net.sin)}
-    counted = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights | cos)
-    if dtype == torch.bfloat16:  # autocast's copies of the four square weights
-        counted -= 2 * sum(p.numel() for n, p in net.layers[0].named_parameters() if tuple(p.shape) == (128, 128))
-    assert model.memory(c, 1, 2, 64, dtype)["activations"] == pytest.approx(counted, rel=0.03)
+    for t in (*net.parameters(), net.cos, net.sin):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    counted = sum(t.untyped_storage().nbytes() for t in kept.values())
+    if dtype == torch.bfloat16:  # autocast's copies of the weights have a line of their own
+        counted -= 2 * sum(p.numel() for p in net.layers[0].parameters())
+    cos_and_sin = 2 * 64 * 16 * 4  # a slice of the table is a copy under autocast only
+    assert model.memory(c, 1, 2, 64, dtype)["activations"] == pytest.approx(counted, abs=cos_and_sin)
 
 
 def test_the_estimator_on_published_runs(capsys):
