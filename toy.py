@@ -8,7 +8,7 @@ come from it: plain text (pre-training), single-turn instructions with terse ans
 conversations with full answers (as ShareGPT's). What the splits hold out was never in any of them:
   scenes    combinations of objects                      pairs     a colour on a shape ("pink cross")
   phrasings ways to ask                                  names     names of people, words defined in the chat
-  more      four objects, more turns than trained        minimal   the same scene twice, one attribute edited
+  more      three objects, more turns than trained       minimal   the same scene twice, one attribute edited
 Facts about people stand in plain text for everybody; questions are trained for half of them, tested for the others.
 The oracle, `grade`, reads an answer and says how much of the truth is in it.
 """
@@ -24,7 +24,7 @@ from config import run
 SIZES = ("small", "large")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
-PLACES = ("top left", "top right", "bottom left", "bottom right", "middle")
+PLACES = ("top", "left", "middle", "right", "bottom")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 HELD_PAIRS = {(color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS)}  # 10 of the 80
 
@@ -66,9 +66,9 @@ NEW_NONSENSE = ("snark", "vex", "tuz", "glim", "yop", "frim")
 
 
 def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None) -> Scene:
-    """A scene that belongs to the split: "train", "scenes", "pairs" (holds a held-out pair), or "more" (4 objects)."""
+    """A scene that belongs to the split: "train", "scenes", "pairs" (holds a held-out pair), or "more" (3 objects)."""
     while True:
-        count = n or (4 if split == "more" else rng.choice((1, 2, 2, 2, 3)))
+        count = n or (3 if split == "more" else rng.choice((1, 2, 2, 2)))
         places = sorted(rng.sample(range(len(PLACES)), count))
         scene = tuple(Object(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[p]) for p in places)
         if split == "pairs" and not any((o.color, o.shape) in HELD_PAIRS for o in scene):
@@ -82,7 +82,7 @@ def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None
 def where_belongs(scene: Scene) -> str:
     if any((o.color, o.shape) in HELD_PAIRS for o in scene):
         return "pairs"
-    if len(scene) > 3:
+    if len(scene) > 2:
         return "more"
     return "scenes" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
 
@@ -90,7 +90,7 @@ def where_belongs(scene: Scene) -> str:
 # -- scenes in words -----------------------------------------------------------------------------------------
 
 def at(place: str) -> str:
-    return ("in the " if place == "middle" else "at the ") + place
+    return {"middle": "in the ", "left": "on the ", "right": "on the "}.get(place, "at the ") + place
 
 
 def thing(o: Object) -> str:
@@ -117,12 +117,10 @@ STATEMENTS = (  # how one object may be put; a scene uses one form throughout, o
     lambda o: f"There is a {thing(o)} {at(o.place)}.",
     lambda o: f"{cap(at(o.place))} there is a {thing(o)}.",
     lambda o: f"A {thing(o)} is {at(o.place)}.",
+    lambda o: f"{cap(at(o.place))} you see a {thing(o)}.",
     lambda o: f"The {o.shape} {at(o.place)} is {o.size} and {o.color}.",
-    lambda o: f"{cap(at(o.place))} you see a {o.shape}, {o.color} and {o.size}.",
-    lambda o: f"{cap(an(o.color))} {o.shape} of {o.size} size sits {at(o.place)}.",
     lambda o: f"{cap(o.place)}: {thing(o)}.",
     lambda o: f"{cap(thing(o))}, {o.place}.",
-    lambda o: f"{cap(o.size)} and {o.color}, a {o.shape} is {at(o.place)}.",
 )
 
 
@@ -130,14 +128,14 @@ def tell(scene: Scene, rng: random.Random) -> str:
     """The scene in words: one of many orders and phrasings."""
     objects = rng.sample(scene, len(scene))
     style = rng.random()
-    if style < 0.25:
+    if style < 0.65:
         opening = rng.choice(("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is "))
         return opening + join([f"a {thing(o)} {at(o.place)}" for o in objects]) + "."
-    if style < 0.35:  # bare symbols, in any order but the same for all objects
+    if style < 0.7:  # bare symbols, in any order but the same for all objects
         order = rng.sample(range(4), 4)
         return " ; ".join(" ".join(o[k] for k in order) for o in objects) + " ."
     form = rng.choice(STATEMENTS)
-    return " ".join((form if style < 0.75 else rng.choice(STATEMENTS))(o) for o in objects)
+    return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in objects)
 
 
 def refer(o: Object, scene: Scene) -> Optional[str]:
@@ -197,11 +195,11 @@ ASK = {
                  "What is in the scene?", "List all the objects.", "Give me a description of it all.",
                  "Which things are there, and where?",
                  "Say it all again in your own words.", "Go through everything that is there."),
-    "gone": ("If the {ref} were gone, what would be left?", "Take away the {ref}. What remains?",
-             "What would be left without the {ref}?", "Imagine the {ref} is gone. What is left?",
-             "Suppose someone takes the {ref}. What is left?", "If I remove the {ref}, what do I still see?",
+    "gone": ("If the {ref} were gone, what would remain?", "Take away the {ref}. What remains?",
+             "What would remain without the {ref}?", "Imagine the {ref} is gone. What is still there?",
+             "Suppose someone takes the {ref}. What remains?", "If I remove the {ref}, what do I still see?",
              "What remains if the {ref} goes away?", "Without the {ref}, what is there?",
-             "The {ref} disappears. What stays?", "Say what is left if the {ref} is taken away."),
+             "The {ref} disappears. What stays?", "Say what is still there if the {ref} is taken away."),
     "paint": ("If the {ref} were {new}, what would be {at}?", "Imagine the {ref} is {new}. What is {at}?",
               "Suppose the {ref} turns {new}. What is {at}?", "Paint the {ref} {new}. What is {at} now?",
               "What would be {at} if the {ref} were {new}?", "I paint the {ref} {new}. What do I see {at}?",
@@ -335,7 +333,7 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
     if kind == "gone":
         rest = tuple(x for x in scene if x is not o)
         text = caption(rest) if rest else "nothing"
-        return q(f"Without the {ref}, {text} would be left.", cap(text) + ".",
+        return q(f"Without the {ref}, {text} would remain.", cap(text) + ".",
                  {"objects": set(rest), **({} if rest else {"yesno": {"no"}})}, ref=ref)
     if kind == "paint":
         new_color = rng.choice([c for c in COLORS if c != o.color and (c, o.shape) not in HELD_PAIRS])
@@ -407,8 +405,8 @@ OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
 def document(rng: random.Random) -> str:
     """A paragraph of plain text, for pre-training. No questions, no roles."""
     style = rng.random()
-    if style < 0.2:
-        return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 4)))
+    if style < 0.15:
+        return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 5)))
     if style < 0.26:
         lines = []
         while len(lines) < 4:
@@ -438,13 +436,17 @@ def document(rng: random.Random) -> str:
             f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
     scene = pick_scene(rng)
     lines = [tell(scene, rng)]
-    for _ in range(rng.randint(3, 6)):
-        kind = rng.choice(("color", "shape", "size", "where", "at", "count", "tell", "tell", "gone", "draw", "paint", "be",
-                           "story"))
-        if kind == "tell":
-            lines.append(tell(scene, rng))
-        elif q := ask_scene(kind, scene, rng):
-            lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
+    while len(lines) < 7:
+        if rng.random() < 0.15:  # what people say between two things, so that facts are known in any company
+            lines.append(fact(rng.choice(PEOPLE), rng))
+        kind = rng.choice(("color", "size", "shape", "where", "where", "where", "at", "at", "at", "describe", "describe",
+                           rng.choice(("count", "gone", "paint", "draw", "be", "story"))))
+        if q := ask_scene(kind, scene, rng):
+            o = rng.choice(scene)
+            if kind == "at":
+                lines.append(f"{cap(at(o.place))} there is a {thing(o)}.")
+            else:
+                lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
     return " ".join(lines)
 
 
@@ -498,7 +500,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
     """A conversation of some rounds with full answers, up to its last question."""
     new_words, new_forms = split == "names", split == "phrasings"
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
-    rounds = rounds or rng.randint(2, 4)
+    rounds = rounds or rng.randint(2, 5)
     turns, told, name, word, said, focus = [], "", None, None, [], None
     target = next((o for o in scene if (o.color, o.shape) in HELD_PAIRS), None) if split == "pairs" else None
     while True:
@@ -527,7 +529,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             if word is None and ref and not final:
                 word = (rng.choice(NEW_NONSENSE if new_words else NONSENSE), o)
                 said.append(text := rng.choice(NAMING).format(ref, word[0]))
-                turns += [["user", text], ["assistant", f"All right, the {ref} is a {word[0]}."]]
+                turns += [["user", text], ["assistant", f"Good, the {ref} is a {word[0]}."]]
                 continue
             if word:
                 o = word[1]
@@ -585,7 +587,7 @@ def conversation(rng: random.Random) -> dict:
 
 # -- the oracle ----------------------------------------------------------------------------------------------
 
-_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in) the ({'|'.join(PLACES)})")
+_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in|on) the ({'|'.join(PLACES)})")
 _LISTS = dict(color=COLORS, shape=SHAPES, size=SIZES, place=PLACES, town=TOWNS, job=JOBS)
 
 
@@ -620,7 +622,7 @@ def grade(question: Question, answer: str) -> float:
 def minimal_pair(rng: random.Random) -> list[Item]:
     """The same question about the same scene, told in the same words, before and after one colour or size is edited."""
     while True:
-        kind, scene = rng.choice(("color", "size")), pick_scene(rng, "scenes", rng.choice((2, 3)))
+        kind, scene = rng.choice(("color", "size")), pick_scene(rng, "scenes", 2)
         o = rng.choice(scene)
         edited = o._replace(**{kind: rng.choice([v for v in _LISTS[kind] if v != getattr(o, kind)])})
         pair = [(scene, o), (tuple(edited if x is o else x for x in scene), edited)]

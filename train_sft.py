@@ -473,6 +473,15 @@ def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
     return paths
 
 
+def toy_tokenizer(paths: dict[str, Path], cfg: SFTConfig) -> data.Tokenizer:
+    """One tokenizer for the whole chain, trained on a sample of all that will be read: one that has met no question
+    spells questions in bits, and a conversation costs it almost twice the tokens."""
+    lines = [record["text"] for record in data.read_records(paths["base"])[:6000]]
+    for path in (paths["alpaca"], paths["vicuna"]):
+        lines += [t.input + "\n" + t.text for c in data.load_conversations(path)[:3000] for t in c.turns]
+    return data.train_tokenizer(lines, cfg.vocab_size, Path(cfg.out) / "data" / "toy.model")
+
+
 def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, shots: str = ""):
     """A player answers test items: items -> (replies, ended by itself). A base model sees plain text and is cut at
     its first newline; `shots` are solved examples put before the question."""
@@ -577,8 +586,8 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     paths = write_toy_data(out / "data", sizes, cfg.seed)
     shape = model.PRESETS[cfg.preset]
     stage = lambda name: replace(cfg, steps=cfg.steps or sizes[name])
-    base = pretrain(stage("base"), "base", machine, paths["base"])
-    tokenizer = data.Tokenizer(model.find(out / "base") / "tokenizer.model")
+    tokenizer = toy_tokenizer(paths, cfg)
+    base = pretrain(stage("base"), "base", machine, paths["base"], tokenizer)
     alpaca = fine_tune(stage("alpaca"), "alpaca", machine, paths["alpaca"], str(out / "base"))
     vicuna = fine_tune(stage("vicuna"), "vicuna", machine, paths["vicuna"], str(out / "base"))
     unread = fine_tune(stage("vicuna"), "control", machine, paths["vicuna"], shape=shape, tokenizer=tokenizer)
