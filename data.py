@@ -290,7 +290,7 @@ def read_chunks(path) -> Iterator[str]:
         raw.seek(0)
         while True:
             try:
-                chunk = file.read(1 << 20)
+                chunk = file.read(CHUNK)
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 line += error.object[:error.start].count(b"\n")
@@ -307,6 +307,7 @@ def read_chunks(path) -> Iterator[str]:
             bar.update(raw.tell() - bar.n)
 
 
+CHUNK = 1 << 20  # bytes read at a time
 LARGE = 1 << 24  # bytes; reading and tokenising such a file takes long enough for a progress bar and a cache
 
 
@@ -406,7 +407,12 @@ def read_records(path, report: Optional[Report] = None) -> Iterator:
 
 def kind_of(path) -> str:
     """"text", "documents" (JSON with a "text"), "alpaca", "sharegpt" or "oasst". Reads as far as it must."""
-    if not JSON_BEGINS.match("".join(itertools.islice(read_chunks(path), 2))):
+    begin = ""
+    for chunk in read_chunks(path):
+        begin += chunk
+        if len(begin) > 1 << 16:
+            break
+    if not JSON_BEGINS.match(begin):
         return "text"
     keys = "no objects"
     for record in read_records(path):
@@ -880,7 +886,7 @@ def from_html(text: str, role: str) -> str:
         raise Problem("this file holds HTML: pip install markdownify, or leave it as it is with --off=html") from None
 
     class Converter(markdownify.MarkdownConverter):
-        def convert_pre(self, pre, text, *_):
+        def convert_pre(self, pre, text, parent_tags):
             code = pre.find("code") or pre
             body = code.get_text().strip("\n")
             classes = " ".join(code.get("class") or [])
@@ -900,7 +906,7 @@ def copy_button(text: str, role: str) -> str:
     """The words of the button: "pythonCopy codeprint(1)" in a code block, or "Copy code" alone on a line of a reply.
     Fix: block by block (the original joined two of them), and a block that holds nothing else goes."""
     def block(m: re.Match) -> str:
-        body = re.match(r"([\w+#.-]*?)(?:Copy code)+(?:\n|(?=\S)|$)", m["body"])
+        body = re.match(r"([\w+#.-]*?)(?:Copy code)+\n?", m["body"])
         info = re.sub(r"(Copy code)+$", "", m["info"].rstrip())
         if not body and info == m["info"].rstrip():
             return m[0]

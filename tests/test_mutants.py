@@ -172,7 +172,7 @@ MODEL = [
 DATA = [
     # who learns what
     ("prompt supervised",
-     "t.glued and i > 0), False)", "t.glued and i > 0), True)",
+     "goes_on and i + k > 0), False)", "goes_on and i + k > 0), True)",
      "test_only_replies_are_learned"),
     ("</s> not supervised",
      "add([tokenizer.eos], True)", "add([tokenizer.eos], False)",
@@ -188,16 +188,16 @@ DATA = [
      "tokenizer.encode(turn.text, t.glued)", "tokenizer.encode(turn.text)",
      "test_string"),
     ("a space before a glued question",
-     "t.glued and i > 0)", "False)",
+     "goes_on and i + k > 0)", "False)",
      "test_string"),
     ("no space after </s> in Vicuna",
-     "t.glued and i > 0)", "i > 0)",
+     "goes_on and i + k > 0)", "i + k > 0)",
      "test_ids"),
     ("continuation is ignored",
      'ids = self.sp.encode("\\n" + text)', "return self.sp.encode(text)",
      "test_continuation_adds_no_space"),
     ("normalised text",
-     '"identity"', '"nfkc"',
+     'normalization_rule_name="identity"', 'normalization_rule_name="nfkc"',
      "test_round_trip"),
 
     # rows
@@ -220,7 +220,7 @@ DATA = [
 
     # files
     ("a repair is not counted",
-     'report["mended: joined two messages of one speaker"] += 1\n', "pass\n",
+     'done.append("mended: joined two messages of one speaker")\n', "pass\n",
      "test_mended_conversations"),
 ]
 
