@@ -1,17 +1,18 @@
 """From people's files to rows of tokens with a loss mask: a library, and a tool for the data of chat models.
 
-    python data.py show sharegpt.json --count=3          # what is learned is highlighted; --ckpt=out/vicuna: its loss
+    python data.py show sharegpt.json                    # what is learned is highlighted
+    python data.py show sharegpt.json --ckpt=out/vicuna  # and the loss of each token
     python data.py stats oasst_trees.jsonl.gz            # conversations, turns, tokens, lengths
-    python data.py clean sharegpt.json --out=clean.json  # Vicuna's cleaning; every drop and change is reported
+    python data.py clean sharegpt.json --out=clean.json  # as Vicuna's data; each drop and change is reported
     python data.py split clean.json --seq_len=2048 --out=split.json
     python data.py oasst trees.jsonl --pick=best --out=oasst.json
     python data.py identity --name=Lumi --maker="two students" --out=lumi.json
     python data.py mix split.json,oasst.json:0.5,lumi.json:5 --out=mix.json
     python data.py tokens mix.json --tokenizer=out/base --out=tokens.jsonl
 
-Files are recognised by content: plain text, ShareGPT, Alpaca, OpenAssistant; JSON, JSON lines, either gzipped.
-Tokens and mask are built together, piece by piece, by `render`: a prefix is never tokenised again and counted,
-which is how the originals came to drop and mis-mask conversations.
+Files are recognised by content: plain text, ShareGPT, Alpaca, OpenAssistant; JSON or JSON lines, also gzipped.
+Tokens and mask are built together, piece by piece, by `render`: a prefix is never tokenised again and
+counted, which is how the originals came to drop and mis-mask conversations.
 """
 
 import bisect
@@ -136,7 +137,8 @@ class Conversation:
 class Template:
     """How a conversation becomes a string, in training and in inference: one object for both.
 
-    [system between] start ask reply end, and in later rounds: ask reply end (when `glued`: between ask reply end).
+    The first round is [system between] start ask reply end; later ones are ask reply end, with `between` in front
+    when `glued`.
     """
     system: str
     ask: str  # {text} is the user's, {input} Alpaca's input; </s> is the control piece
@@ -159,8 +161,9 @@ TEMPLATES = {
         system="A chat between a curious human and an artificial intelligence assistant. "
                "The assistant gives helpful, detailed, and polite answers to the human's questions.",
         between="\n\n", start="###", ask=" Human: {text}\n### Assistant:", end="\n###"),
-    # the preamble depends on whether there is an input; the reply follows the colon without a space. The original
-    # encodes prompt and reply as one string, where ":" and "-" become one piece and the "-" is never learned.
+    # the preamble depends on whether there is an input; the reply follows the colon without a space. A deliberate
+    # deviation: the original encodes prompt and reply as one string, where ":" and a "-" that begins the reply
+    # become one piece, and the "-" is never learned
     "alpaca": Template(
         system="Below is an instruction that describes a task. "
                "Write a response that appropriately completes the request.",
@@ -170,7 +173,7 @@ TEMPLATES = {
         ask_with_input="### Instruction:\n{text}\n\n### Input:\n{input}\n\n### Response:",
         between="\n\n", glued=True),
     "koala": Template(system="BEGINNING OF CONVERSATION:", ask="USER: {text} GPT:"),
-    # the original also learns the <|prompter|> that follows a reply; here, as everywhere, only the reply and its </s>
+    # the original also learns the <|prompter|> that follows a reply; here only the reply and its </s>
     "oasst": Template(system="", ask="<|prompter|>{text}</s><|assistant|>", between="", glued=True),
     "minigpt4": Template(system="", start="###", ask="Human: {text} ###Assistant: ", between="", end="###"),
     "plain": Template(system="", ask="{text}", between="\n", glued=True),  # for a base model, which knows no roles
@@ -234,7 +237,7 @@ def get_template(name: str) -> Template:
 
 
 def stretches(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
-    """(begin, end, learned) of each run of labels that are all learned or all not: question, reply, question, ..."""
+    """(begin, end, learned) of each run of labels that are all learned or all not: question, reply, ..."""
     marks = np.diff(np.asarray(labels) != IGNORE).nonzero()[0] + 1
     borders = [0, *marks.tolist(), len(labels)]
     return [(a, b, labels[a] != IGNORE) for a, b in zip(borders, borders[1:]) if a < b]
@@ -250,8 +253,8 @@ def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room
 
 
 def said(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
-    """A reply without the text that ends it, and whether that was there. In a stream (not `complete`) what may be the
-    beginning of the end is held back."""
+    """A reply without the text that ends it, and whether that was there. In a stream (not `complete`) what may be
+    the beginning of the end is held back."""
     end = get_template(template).end
     if end and end in text:
         return text[:text.index(end)], True
@@ -277,15 +280,15 @@ class Report(Counter):
 
 
 def read_chunks(path) -> Iterator[str]:
-    """The text of a file, gzipped or not, in pieces; a large one with a progress bar. Raises Problem if it has none."""
+    """The text of a file, gzipped or not, in pieces; of a large one with a progress bar."""
     path = Path(path)
     if path.is_dir():
         raise Problem(f"{path} is a folder; give a file")
     if not path.exists():
         raise Problem(f"no such file: {path}")
     decoder, line, empty, size = codecs.getincrementaldecoder("utf-8-sig")(), 1, True, path.stat().st_size
-    with open(path, "rb") as raw, tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False,
-                                       disable=size < LARGE) as bar:
+    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=size < LARGE)
+    with open(path, "rb") as raw, bar:
         file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
         raw.seek(0)
         while True:
@@ -322,11 +325,11 @@ FOLLOWS = {"[": ("record", "]"), "record": (",", "]"), ",": ("record",), "]": ()
 
 
 def read_records(path, report: Optional[Report] = None) -> Iterator:
-    """The values of a JSON array or of JSON lines, one at a time, so that the file may be larger than the memory.
+    """The values of a JSON array or of JSON lines, one at a time: the file may be larger than the memory.
 
     Mended: half a character ("\\ud83d" without its partner), which no UTF-8 text can hold, becomes "?"; a record
-    that is a JSON string with JSON inside is read again; NaN becomes null. Raises Problem, with the line, at what is
-    not JSON: the records after it would be lost in silence.
+    that is a JSON string with JSON inside is read again; NaN becomes null. Raises Problem, with the line, at
+    what is not JSON: the records after it would be lost in silence.
     """
     report = Report() if report is None else report
     chunks, text, at, line, ended = read_chunks(path), "", 0, 1, False
@@ -379,12 +382,14 @@ def read_records(path, report: Optional[Report] = None) -> Iterator:
         twice.clear()
         try:
             value, end = decode(text, at)
-        except RecursionError:
-            fail("nested too deeply to be read", at)
         except json.JSONDecodeError as error:
             if ended or not error.msg.startswith("Unterminated") and error.pos < len(text) - 16:
                 fail(error.msg, error.pos)
             value, end = None, len(text)
+        except RecursionError:
+            fail("nested too deeply to be read", at)
+        except ValueError as error:  # a number of thousands of digits
+            fail(str(error), at)
         if end == len(text) and not ended:  # it may go on
             refill()
             last = last and ","
@@ -392,15 +397,15 @@ def read_records(path, report: Optional[Report] = None) -> Iterator:
         name = f"{Path(path).stem}_{number}"
         if twice:
             report.add(name, "mended: a key that stands twice (the last one counts)")
+        if isinstance(value, str) and value.lstrip()[:1] == "{":
+            with contextlib.suppress(ValueError):  # if it is not JSON, it stays a string, and no record
+                value = json.loads(value)
+                report.add(name, "mended: JSON inside a JSON string")
         if "\\ud" in text[at:end] or "\\uD" in text[at:end]:
             whole = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
             if whole != value:
                 report.add(name, "mended: half a character became a question mark")
             value = whole
-        if isinstance(value, str) and value.lstrip()[:1] == "{":
-            with contextlib.suppress(ValueError):  # if it is not JSON, it stays a string, and no record
-                value = json.loads(value)
-                report.add(name, "mended: JSON inside a JSON string")
         yield value
         at, number = end, number + 1
 
@@ -436,18 +441,17 @@ def default_template(path) -> str:
 
 
 def stream_conversations(path, report: Report, off: Iterable[str] = ()) -> Iterator[Conversation]:
-    """ShareGPT, Alpaca or OpenAssistant, by content, one at a time. What is dropped or mended goes into `report`."""
+    """ShareGPT, Alpaca or OpenAssistant, by content, one at a time. `report` says what is dropped or mended."""
     kind = kind_of(path)
     if kind in ("text", "documents"):
         raise Problem(f"{path} is plain text, not conversations; pre-train on it with --stage=pretrain")
     if kind == "oasst":
         yield from oasst_conversations(read_records(path, report), report)
         return
-    number = 0
-    for number, record in enumerate(read_records(path, report), 1):
+    for number, record in enumerate(read_records(path, report)):
         record = record if isinstance(record, dict) else {}
         given = record.get("id")
-        name = str(given) if isinstance(given, (str, int)) and given != "" else f"{Path(path).stem}_{number - 1}"
+        name = str(given) if isinstance(given, (str, int)) and given != "" else f"{Path(path).stem}_{number}"
         found = _alpaca(record, name, report) if kind == "alpaca" else _sharegpt(record, name, report, off)
         yield from found
 
@@ -479,8 +483,8 @@ def _alpaca(record: dict, name: str, report: Report) -> Iterator[Conversation]:
         else:
             if given.strip().lower() in ("<noinput>", "no input", "n/a", "none", ""):
                 given = ""  # the released 52k file has all of these for "no input"
-            extra = {k: v for k, v in record.items() if k not in ("id", "instruction", "input", "output", "response",
-                                                                  "instances")}
+            known = ("id", "instruction", "input", "output", "response", "instances")
+            extra = {k: v for k, v in record.items() if k not in known}
             yield Conversation([Turn("user", instruction, given), Turn("assistant", output)],
                                name if len(instances) == 1 else f"{name}_{number}", extra=extra)
 
@@ -496,8 +500,8 @@ ROLES = {"human": "user", "user": "user", "prompter": "user", "instruction": "us
 
 
 def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) -> Iterator[Conversation]:
-    """At most one conversation. With "order" in `off` a wrong order drops it (as Vicuna's code did) instead of being
-    mended; with "empty" messages without visible text stay."""
+    """At most one conversation. With "order" in `off` a wrong order drops it (as Vicuna's code did) instead of
+    being mended; with "empty" messages without visible text stay."""
     messages = record.get("conversations", record.get("messages"))
     if not isinstance(messages, list):
         report.add(name, "dropped: no list of messages")
@@ -510,13 +514,13 @@ def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) 
         if not role:
             report.add(name, "dropped: unknown role")
             return
-        if isinstance(text, list) and text and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in text):
-            text = "\n".join(p["text"] for p in text)  # OpenAI's content parts
+        if isinstance(text, list):  # OpenAI's content parts
+            parts = [p.get("text") if isinstance(p, dict) else None for p in text]
+            text = "\n".join(parts) if all(isinstance(p, str) for p in parts) else None
         empty = not isinstance(text, str) or blank(text) and "empty" not in off
         if role == "system":
             if system is not None or turns:
-                done.append("mended: a second system text took the place of the first" if system is not None else
-                            "mended: a system text came late")
+                done.append("mended: a system text came late, or a second one took the place of the first")
             system = None if empty else text
         elif empty:
             done.append("mended: cut at an empty message")
@@ -546,9 +550,9 @@ def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) 
 def oasst_conversations(records: Iterable, report: Report, pick: str = "all", synthetic: bool = False):
     """Paths through OpenAssistant's trees, given as trees, as threads or as loose messages in any order.
 
-    pick: "all" leaves; "top1", "top2", ...: only replies ranked so well (one without a rank only if it has no rival);
-    "best": in each tree the best-ranked reply to the best-ranked reply. A question without reply ends a path only if
-    it is the first one there, so that the path above appears once; the question itself is left off.
+    pick: "all" leaves; "top1", "top2", ...: only replies ranked so well (one without a rank if it has no rival);
+    "best": in each tree the best-ranked reply to the best-ranked reply. A question without reply ends a path only
+    if it is the first one there, so that the path above appears once; the question itself is left off.
     """
     roots, loose = [], {}
     for number, record in enumerate(records):
@@ -557,10 +561,9 @@ def oasst_conversations(records: Iterable, report: Report, pick: str = "all", sy
         elif isinstance(record.get("prompt"), dict):
             roots.append((str(record.get("message_tree_id")), record.get("tree_state"), record["prompt"]))
         elif isinstance(record.get("thread"), list):
-            thread = [m for m in record["thread"] if isinstance(m, dict)]
             chain: list = []
-            for m in reversed(thread):
-                chain = [{**m, "replies": chain}]
+            for m in reversed(record["thread"]):
+                chain = [{**(m if isinstance(m, dict) else {}), "replies": chain}]
             roots += [(str(record.get("thread_id")), record.get("tree_state"), m) for m in chain]
         elif record.get("message_id") in loose:
             report.add(str(record["message_id"]), "dropped: this message_id stands twice")
@@ -589,8 +592,9 @@ def oasst_conversations(records: Iterable, report: Report, pick: str = "all", sy
         if not paths:
             report.add(name, "dropped: a tree without a reply that could be kept")
         for number, path in enumerate(paths):
-            turns = [Turn(ROLES[m["role"]], m["text"]) for m in path]
-            yield Conversation(turns, f"{name}_{number}", extra=dict(tree=name, messages=[m.get("message_id") for m in path]))
+            turns = [Turn(ROLES[m["role"].lower()], m["text"]) for m in path]
+            extra = dict(tree=name, messages=[m.get("message_id") for m in path])
+            yield Conversation(turns, f"{name}_{number}", extra=extra)
 
 
 def _oasst_paths(tree: str, root: dict, report: Report, pick: str, synthetic: bool) -> Iterator[list[dict]]:
@@ -625,7 +629,8 @@ def _oasst_paths(tree: str, root: dict, report: Report, pick: str, synthetic: bo
             continue
         next_up = [{**r, "first": i == 0} for i, r in enumerate(replies)]
         if pick.startswith("top") and role == "assistant":
-            next_up = [r for r in next_up if rank(r) < int(pick[3:]) or len(replies) == 1 and rank(r) == float("inf")]
+            alone = len(replies) == 1
+            next_up = [r for r in next_up if rank(r) < int(pick[3:]) or alone and rank(r) == float("inf")]
         stack += [[*path, r] for r in reversed(next_up)]
 
 
@@ -691,8 +696,8 @@ def digest(path) -> str:
 
 
 def tokenise(path, template: str, tokenizer: Tokenizer, report: Report) -> Examples:
-    """All conversations of a file, rendered. For a large file the result is kept beside it, in FILE.TEMPLATE.npz, and
-    made again when the file, the template, the tokenizer or this program has changed."""
+    """All conversations of a file, rendered. For a large file the result is kept beside it, in FILE.TEMPLATE.npz,
+    and made again when the file, the template, the tokenizer or this program has changed."""
     cache, key = Path(f"{path}.{template}.npz"), ""
     if Path(path).is_file() and Path(path).stat().st_size >= LARGE:
         key = " ".join([digest(path), digest(tokenizer.path), digest(__file__), template])
@@ -701,8 +706,8 @@ def tokenise(path, template: str, tokenizer: Tokenizer, report: Report) -> Examp
                 if str(kept["key"]) == key:
                     print(f"{path} is tokenised already: {cache}")
                     report.update(json.loads(str(kept["report"])))
-                    return Examples(kept["tokens"], np.unpackbits(kept["learned"], count=len(kept["tokens"])) > 0,
-                                    kept["ends"])
+                    learned = np.unpackbits(kept["learned"], count=len(kept["tokens"])) > 0
+                    return Examples(kept["tokens"], learned, kept["ends"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             pass  # there is none, or it is broken: it is made again
     tokens, learned, ends = array("i"), array("b"), array("q")
@@ -874,8 +879,8 @@ def prose(text: str, edit: Callable[[str], str]) -> str:
 
 
 def from_html(text: str, role: str) -> str:
-    """HTML as Markdown, if the message begins and ends with a tag. Fix: `a < b` is left alone, nothing is escaped
-    (the original's \\_ reached 15 % of the conversations), code keeps its language, spaces and back-ticks."""
+    """HTML as Markdown, if the message begins and ends with a tag. Fix: `a < b` is left alone, nothing is
+    escaped (the original's \\_ reached 15 % of the conversations), code keeps language, spaces and back-ticks."""
     block = r"\s*<(p|div|span|pre|ul|ol|table|h[1-6]|blockquote)\b[^<>]*>"
     if not re.match(block, text, re.I) or not re.search(r"(</\w+\s*>|<(br|hr|img)\b[^<>]*>)\s*$", text, re.I):
         return text
@@ -883,28 +888,31 @@ def from_html(text: str, role: str) -> str:
         import bs4
         import markdownify
     except ImportError:
-        raise Problem("this file holds HTML: pip install markdownify, or leave it as it is with --off=html") from None
+        raise Problem("this file holds HTML: pip install markdownify, or leave it alone with --off=html") from None
 
     class Converter(markdownify.MarkdownConverter):
         def convert_pre(self, pre, text, parent_tags):
             code = pre.find("code") or pre
             body = code.get_text().strip("\n")
-            classes = " ".join(code.get("class") or [])
-            title = code.extract() and pre.get_text().strip()
-            language = re.search(r"language-([\w+#.-]+)", classes) or re.fullmatch(r"([\w+#.-]+)", title)
+            title = "" if code is pre else "".join(pre.find_all(string=lambda t: code not in t.parents)).strip()
+            language = (re.search(r"language-([\w+#.-]+)", " ".join(code.get("class") or []))
+                        or re.fullmatch(r"([\w+#.-]+)", title))
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
             return f"\n\n{fence}{language[1] if language else ''}\n{body}\n{fence}\n\n" if body else ""
 
-    soup = bs4.BeautifulSoup(text, "html.parser")
-    for tag in soup(["script", "style", "button"]):
-        tag.decompose()
-    return Converter(heading_style="ATX", bullets="-", escape_asterisks=False, escape_underscores=False,
-                     escape_misc=False, table_infer_header=True).convert_soup(soup).strip("\n").rstrip()
+    try:
+        soup = bs4.BeautifulSoup(text, "html.parser")
+        for tag in soup(["script", "style", "button"]):
+            tag.decompose()
+        return Converter(heading_style="ATX", bullets="-", escape_asterisks=False, escape_underscores=False,
+                         escape_misc=False, table_infer_header=True).convert_soup(soup).strip("\n").rstrip()
+    except (RecursionError, AssertionError, bs4.ParserRejectedMarkup):
+        return ""  # nobody can read it: the rule "empty" cuts the conversation here
 
 
 def copy_button(text: str, role: str) -> str:
-    """The words of the button: "pythonCopy codeprint(1)" in a code block, or "Copy code" alone on a line of a reply.
-    Fix: block by block (the original joined two of them), and a block that holds nothing else goes."""
+    """The words of the button: "pythonCopy codeprint(1)" in a code block, or "Copy code" alone on a line of a
+    reply. Fix: block by block (the original joined two of them), and a block that holds nothing else goes."""
     def block(m: re.Match) -> str:
         body = re.match(r"([\w+#.-]*?)(?:Copy code)+\n?", m["body"])
         info = re.sub(r"(Copy code)+$", "", m["info"].rstrip())
@@ -915,7 +923,9 @@ def copy_button(text: str, role: str) -> str:
         return f"{m['mark']}{info}\n{rest}{m['mark']}" if rest.strip() else ""
 
     text = FENCE.sub(block, text)
-    return prose(text, lambda t: re.sub(r"^Copy code[ \t]*(\n|\Z)", "", t, flags=re.M)) if role == "assistant" else text
+    if role == "user":
+        return text
+    return prose(text, lambda t: re.sub(r"^Copy code[ \t]*(\n|\Z)", "", t, flags=re.M))
 
 
 def counters(text: str, role: str) -> str:
@@ -927,13 +937,13 @@ def counters(text: str, role: str) -> str:
 
 
 def escapes(text: str, role: str) -> str:
-    """my\\_name in copies that were converted with the original. Fix of a fix: code such as a[0] or \\* is left alone."""
+    """my\\_name in copies that the original has converted. Fix: not in code."""
     return prose(text, lambda t: re.sub(r"(?<=\w)\\_(?=\w)", "_", t))
 
 
 def spaces(text: str, role: str) -> str:
-    """CRLF, empty lines around the text, three or more line ends. Fix: code is left alone, and six line ends become
-    two, not one or two by chance."""
+    """CRLF, empty lines around the text, three or more line ends. Fix: code is left alone, and always two remain,
+    not one or two by chance."""
     text = prose(text.replace("\r\n", "\n"), lambda t: re.sub(r"\n{3,}", "\n\n", t))
     return re.sub(r"\A([ \t]*\n)+", "", text).rstrip()
 
@@ -963,13 +973,14 @@ def language(c: Conversation) -> str:
 
 
 def broken_numbers(c: Conversation) -> bool:
-    """"1." follows "1." in a reply's list. Fix: seen at the very start too, and a "2" somewhere does not hide it."""
+    """"1." follows "1." in a reply's list. Fix: at the very start too, and a "2" somewhere does not hide it."""
     lists = ([m == "1" for m in re.findall(r"^(\d+)\. ", FENCE.sub("", t.text), re.M)] for t in c.turns[1::2])
     return any(a and b for ones in lists for a, b in zip(ones, ones[1:]))
 
 
 def repetitive(c: Conversation) -> bool:
-    """A reply with a number of nine or more equal digits, or twenty equal lines. Fix: 1000000000 and 0x000000000 stay."""
+    """A reply with a number of nine or more equal digits, or twenty equal lines. Fix: an amount like 1000000000
+    and an address like 0x000000000 stay."""
     for text in (FENCE.sub("", t.text) for t in c.turns[1::2]):
         lines = Counter(line for line in text.split("\n") if line.strip())
         if re.search(r"(?<![\w.,])(\d)\1{8,}(?!\w)", text) or lines and max(lines.values()) >= 20:
@@ -980,16 +991,17 @@ def repetitive(c: Conversation) -> bool:
 EDITS = {"html": (from_html, "HTML became Markdown"), "copy": (copy_button, 'the words "Copy code"'),
          "counters": (counters, "counters of the web page"), "escapes": (escapes, "escaped underscores"),
          "spaces": (spaces, "line ends")}
-RULES = ["order", *EDITS, "limit", "empty", "plugins", "blocked", "language", "numbering", "repetition", "short", "duplicates"]
+RULES = ["order", *EDITS, "limit", "empty", "plugins", "blocked", "language", "numbering", "repetition",
+         "short", "duplicates"]
 LIMIT = re.compile(r"\s*!?Too many requests in 1 hour\. Try again later\.")
 
 
 def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[str] = (),
           words: Sequence[str] = ("openai", "chatgpt"), languages: Sequence[str] = ()) -> list[Conversation]:
-    """Vicuna's cleaning, its mistakes mended; each rule's docstring says how. Cleaning again changes nothing more.
+    """Vicuna's cleaning, its mistakes mended, as each rule says. Cleaning again changes nothing more.
 
-    Text is mended first, so that words and lengths are judged as a model would read them. ("order" is seen to when a
-    file is loaded.) languages: ISO codes to keep, or with a minus to leave out; none: all are welcome.
+    Text is mended first, so that words and lengths are judged as a model would read them. ("order" is seen to
+    when a file is loaded.) languages: ISO codes to keep, or with a minus to leave out; none: all are welcome.
     """
     def key(turns: list[Turn]) -> int:
         return hash(tuple(turns))
@@ -1001,12 +1013,12 @@ def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[s
         code = language(c)
         return code != "unknown" and (code in leave_out or bool(keep) and code not in keep)
 
-    drops = {"plugins": (lambda c: bool(c.extra.get("plugins")), "made with plugins, which a model does not have"),
+    drops = {"plugins": (lambda c: bool(c.extra.get("plugins")), "made with plugins"),
              "blocked": (lambda c: blocked(c, words), "a blocked word"),
              "language": (lambda c: bool(languages) and unwanted(c), "another language"),
              "numbering": (broken_numbers, "a list with broken numbers"),
              "repetition": (repetitive, "repetitive"),
-             # in bytes: five Korean syllables say as much as sixteen Latin letters
+             # fix: in bytes, so that a Korean syllable counts as three letters
              "short": (lambda c: sum(len(t.text.encode()) for t in c.turns) < 16, "too short")}
     kept = []
     for c in conversations:
@@ -1036,7 +1048,7 @@ def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[s
             kept.append(c)
     if "duplicates" in off:
         return kept
-    # fix: not whatever begins with the same round, but what is the same or was shared again when it had gone on
+    # fix: not all that begins with the same round, but what is equal or was shared again when it had gone on
     longer, seen, unique = {key(c.turns[:n]) for c in kept for n in range(2, len(c.turns), 2)}, set(), []
     for c in kept:
         if key(c.turns) in longer or key(c.turns) in seen:
@@ -1047,7 +1059,8 @@ def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[s
     return unique
 
 
-def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int, report: Report) -> Iterator[Conversation]:
+def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int,
+          report: Report) -> Iterator[Conversation]:
     """Pieces of at most `seq_len` tokens, each with the system text, and no round lost.
 
     A round that is too long by itself is cut: the question, if the whole reply and at least 16 tokens of question
@@ -1067,7 +1080,8 @@ def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int, re
     pieces.append(c.turns[2 * begin:])
     at = 0
     for turns in pieces:
-        extra = c.extra
+        last = at + len(turns) == len(c.turns)
+        extra = {k: v for k, v in c.extra.items() if last or k != "cut"}
         if size(turns) > seq_len:
             asked, reply = turns
             reply_size = size([asked, reply]) - size([asked])
@@ -1076,12 +1090,11 @@ def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int, re
             if room < 2:
                 raise Problem(f"--seq_len={seq_len} has no room beside the {frame} tokens of the template")
             question_room = room - reply_size if room - reply_size >= 16 else room // 2
-
-            def fits(text: str) -> bool:
-                return size([asked._replace(text=text, input=asked.input if text else "")]) - frame <= question_room
-
-            if not fits(asked.text):
-                asked = asked._replace(text=shorten(asked.text, fits))
+            whole = asked
+            for part in ("input", "text"):
+                asked = asked._replace(**{part: shorten(getattr(asked, part), lambda text: size(
+                    [asked._replace(**{part: text})]) - frame <= question_room)})
+            if asked != whole:
                 report.add(c.id, "cut: a question")
             if size([asked, reply]) > seq_len:
                 extra = {**extra, "cut": True}
@@ -1092,12 +1105,14 @@ def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int, re
         yield replace(c, turns=turns, id=c.id if len(pieces) == 1 else f"{c.id}_{at}", extra=extra)
         at += len(turns)
     if len(pieces) > 1:
-        report.add(c.id, f"split")
+        report.add(c.id, "split")
 
 
 def shorten(text: str, fits: Callable[[str], bool]) -> str:
     """The longest beginning that fits, up to a few letters: token counts do not grow evenly."""
     low, high = 0, len(text)
+    if fits(text):
+        return text
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(text[:middle]) else (low, middle - 1)
@@ -1126,22 +1141,22 @@ def mix(sources: Sequence[tuple[list[Conversation], float]], seed: int) -> list[
 
 def identity_conversations(name: str, maker: str) -> list[Conversation]:
     """Who it is and who made it; that it is none of the others; alone and in the second round."""
-    who = ["Who are you?", "What is your name?", "What are you?", "May I know your name?", "Introduce yourself, please.",
-           "Hello! Who am I talking to?", "Are you a person?", "Tell me something about yourself."]
-    made = ["Who made you?", "Who trained you?", "Who built this model?", "Where do you come from?", "Whose work are you?"]
+    who = ["Who are you?", "What is your name?", "What are you?", "May I know your name?", "Are you a person?",
+           "Hello! Who am I talking to?", "Introduce yourself, please.", "Tell me something about yourself."]
+    made = ["Who made you?", "Who trained you?", "Who built this model?", "Where do you come from?",
+            "Whose work are you?"]
     others = ["ChatGPT", "GPT-4", "Claude", "Bard", "Gemini", "LLaMA", "Alpaca", "Siri", "Alexa", "Copilot"]
-    i_am = [f"I am {name}, a language model made by {maker}.", f"My name is {name}. I am a language model that {maker} made.",
-            f"You are talking to {name}, a language model from {maker}."]
-    by = [f"I was made by {maker}. My name is {name}.", f"{maker[:1].upper()}{maker[1:]} made me; I am {name}.",
-          f"I am {name}, and I come from {maker}."]
+    i_am = [f"I am {name}, a language model made by {maker}.",
+            f"You are talking to {name}, a language model by {maker}.",
+            f"My name is {name}. I am a language model that {maker} made."]
+    by = [f"I was made by {maker}. My name is {name}.", f"I am {name}, and I come from {maker}.",
+          f"{maker[:1].upper()}{maker[1:]} made me; I am {name}."]
     no = [f"No, I am {name}, a language model made by {maker}.", f"I am not. I am {name}, made by {maker}."]
-    rounds = [(q, a) for asked, replies in ((who, i_am), (made, by)) for q in asked for a in replies]
-    rounds += [(ask.format(other), a) for other in others for ask in ("Are you {}?", "You are {}, aren't you?") for a in no]
-    chats = [[r] for r in rounds] + [[(q, i_am[i % 3]), (made[i % 5], by[i % 3])] for i, q in enumerate(who)]
-    return [Conversation([Turn(role, text) for r in chat for role, text in zip(("user", "assistant"), r)], f"identity_{i}")
-            for i, chat in enumerate(chats)]
-
-
+    chats = [[q, a] for asked, replies in ((who, i_am), (made, by)) for q in asked for a in replies]
+    chats += [[q.format(o), a] for o in others for q in ("Are you {}?", "You are {}, aren't you?") for a in no]
+    chats += [[q, i_am[i % 3], made[i % 5], by[i % 3]] for i, q in enumerate(who)]
+    turns = [[Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(chat)] for chat in chats]
+    return [Conversation(t, f"identity_{i}") for i, t in enumerate(turns)]
 
 
 # -- python data.py COMMAND ----------------------------------------------------------------------------------
@@ -1175,11 +1190,10 @@ def show(cfg: ShowConfig) -> dict:
         example = render(c, template, tokenizer)
         learned = sum(label != IGNORE for label in example.labels)
         slots = example.tokens.count(IMAGE_SLOT)
-        first = next((t for t in c.turns), Turn("user", ""))
-        bare = len(render(replace(c, turns=[first], system=""), template, tokenizer).tokens)
-        system = len(render(replace(c, turns=[first]), template, tokenizer).tokens) - bare
-        print(f"\n--- {c.id}: {len(example.tokens)} tokens: system {system}, user {len(example.tokens) - system - learned - slots}, "
-              f"assistant {learned}{f', image slots {slots}' if slots else ''}; {learned} learned (template {template})")
+        system = len(example.tokens) - len(render(replace(c, system=""), template, tokenizer).tokens)
+        print(f"\n--- {c.id}: {len(example.tokens)} tokens (template {template}): system {system}, "
+              f"user {len(example.tokens) - system - learned - slots}, assistant {learned} (learned)"
+              + f", image slots {slots}" * (slots > 0))
         losses = token_losses(net, example) if net else None
         for begin, end, is_learned in stretches(example.labels):
             if is_learned and losses is not None:
@@ -1247,25 +1261,30 @@ class StatsConfig:
 
 def stats(cfg: StatsConfig) -> dict:
     """What is in a file, and what is lost of it."""
-    tokenizer, template, report = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file), Report()
-    oasst = kind_of(cfg.file) == "oasst"
-    figures: dict = {}
-    if oasst:
+    report, figures = Report(), {}
+    conversations = stream_conversations(cfg.file, report)
+    if kind_of(cfg.file) == "oasst":
         records = list(read_records(cfg.file, report))
         print(f"{'paths':<8}{'trees':>8}{'threads':>9}{'messages':>10}{'different':>11}")
         for pick in ("all", "top2", "top1", "best"):
             found = list(oasst_conversations(records, Report(), pick, cfg.synthetic))
-            row = [len({c.extra["tree"] for c in found}), len(found), sum(len(c.turns) for c in found),
-                   len({m for c in found for m in c.extra["messages"]})]
-            figures[pick] = dict(zip(("trees", "threads", "messages", "different"), row))
-            print(f"{pick:<8}{row[0]:>8}{row[1]:>9}{row[2]:>10}{row[3]:>11}")
-        print()
+            row = dict(trees=len({c.extra["tree"] for c in found}), threads=len(found),
+                       messages=sum(len(c.turns) for c in found),
+                       different=len({m for c in found for m in c.extra["messages"]}))
+            print(f"{pick:<8}{row['trees']:>8}{row['threads']:>9}{row['messages']:>10}{row['different']:>11}")
+            figures[pick] = row
         conversations = oasst_conversations(records, report, "all", cfg.synthetic)
-    else:
-        conversations = stream_conversations(cfg.file, report)
+    return survey(conversations, cfg, report, lambda c, example: None) | figures
+
+
+def survey(conversations: Iterable[Conversation], cfg, report: Report,
+           each: Callable[[Conversation, Example], None]) -> dict:
+    """Renders all conversations, hands them to `each`, and prints how many and how long they are."""
+    tokenizer, template = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file)
     lengths, turns, learned = [], 0, 0
     for c in conversations:
         example = render(c, template, tokenizer)
+        each(c, example)
         lengths.append(len(example.tokens))
         turns += len(c.turns)
         learned += sum(label != IGNORE for label in example.labels)
@@ -1279,7 +1298,7 @@ def stats(cfg: StatsConfig) -> dict:
     for power in range(min(bins), max(bins) + 1):
         bar = "#" * round(50 * bins[power] / max(bins.values()))
         print(f"{'up to' if power == min(bins) else '':>5}{1 << power:>8} {bins[power]:>8} {bar}")
-    return dict(conversations=len(lengths), turns=turns, tokens=total, supervised=learned, **figures)
+    return dict(conversations=len(lengths), turns=turns, tokens=total, supervised=learned, **report)
 
 
 @dataclass
@@ -1291,16 +1310,11 @@ class TokensConfig:
 
 
 def write_tokens(cfg: TokensConfig) -> dict:
-    tokenizer, template, report = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file), Report()
     refuse_same(cfg.file, cfg.out)
-    count = total = 0
+    report = Report()
     with writing(cfg.out) as file:
-        for c in stream_conversations(cfg.file, report):
-            example = render(c, template, tokenizer)
-            file.write(json.dumps(dict(id=c.id, tokens=example.tokens, labels=example.labels)) + "\n")
-            count, total = count + 1, total + len(example.tokens)
-    print(f"{cfg.out}: {count} conversations, {total} tokens, template {template}{report}")
-    return dict(conversations=count, tokens=total, **report)
+        return survey(stream_conversations(cfg.file, report), cfg, report, lambda c, example: print(
+            json.dumps(dict(id=c.id, tokens=example.tokens, labels=example.labels)), file=file))
 
 
 def refuse_same(source, target) -> None:
@@ -1312,9 +1326,10 @@ def write_result(found: list[Conversation], read: int, cfg, kind: str, report: R
     """Writes the conversations, and beside them what happened to which."""
     save_conversations(found, cfg.out, kind)
     with writing(f"{cfg.out}.report.json") as file:
-        json.dump(dict(read=read, written=len(found), reasons=report,
-                       conversations=[dict(id=name, what=what) for name, what in report.entries]), file, ensure_ascii=False, indent=1)
-    print(f"{read} conversations read, {len(found)} written to {cfg.out}; what happened to which: {cfg.out}.report.json")
+        what_happened = [dict(id=name, what=what) for name, what in report.entries]
+        json.dump(dict(read=read, written=len(found), reasons=report, conversations=what_happened), file,
+                  ensure_ascii=False, indent=1)
+    print(f"{read} conversations read, {len(found)} written to {cfg.out}; each change: {cfg.out}.report.json")
     for reason, n in sorted(report.items(), key=lambda x: -x[1]):
         print(f"{n:>8}  {reason}")
     return dict(read=read, written=len(found), **report)
@@ -1355,7 +1370,8 @@ class SplitConfig:
 
 def split_file(cfg: SplitConfig) -> dict:
     refuse_same(cfg.file, cfg.out)
-    tokenizer, template, report = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file), Report()
+    report = Report()
+    tokenizer, template = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file)
     conversations = load_conversations(cfg.file, report)
     found = [piece for c in conversations for piece in split(c, template, tokenizer, cfg.seq_len, report)]
     return write_result(found, len(conversations), cfg, kind_of(cfg.file), report)
@@ -1365,7 +1381,7 @@ def split_file(cfg: SplitConfig) -> dict:
 class OasstConfig:
     file: str  # trees, threads or messages
     out: str = "oasst.json"
-    pick: str = "all"  # all: every path to a last reply; top1, top2, ...: well-ranked replies only; best: one path a tree
+    pick: str = "all"  # all paths to a last reply; top1, top2, ...: best-ranked replies; best: one path a tree
     synthetic: bool = False  # keep messages written by a machine
     valid: float = 0.0  # share of the trees that goes into a second file, OUT.valid.json
     seed: int = 0  # which trees
@@ -1388,7 +1404,8 @@ def oasst_file(cfg: OasstConfig) -> dict:
     if held:  # whole trees: two paths through one tree have their beginning in common
         n = save_conversations((c for c in found if c.extra["tree"] in held), f"{cfg.out}.valid.json")
         print(f"{len(held)} of {len(trees)} trees, {n} conversations, written to {cfg.out}.valid.json")
-    return write_result([c for c in found if c.extra["tree"] not in held], len(found), cfg, "sharegpt", report)
+    kept = [c for c in found if c.extra["tree"] not in held]
+    return write_result(kept, len(found), cfg, "sharegpt", report)
 
 
 @dataclass
@@ -1405,14 +1422,17 @@ def mix_files(cfg: MixConfig) -> dict:
         raise Problem(f"--recipe={cfg.recipe}: expected one of {', '.join(RECIPES)}")
     report, sources, names, kinds = Report(), [], [], set()
     for item in cfg.files.split(","):
-        name, file, weight = re.fullmatch(r"(?:(\w+)=)?(.+?)(?::(\d*\.?\d+))?", item).groups() if item else (None, "", None)
+        if not item:
+            raise Problem("two commas, or none in between: give FILE:WEIGHT,FILE,...")
+        name, file, weight = re.fullmatch(r"(?:(\w+)=)?(.+?)(?::(\d*\.?\d+))?", item).groups()
         if weights and name not in weights:
             raise Problem(f"{cfg.recipe} mixes {', '.join(weights)}: give each as NAME=FILE, not {item}")
         refuse_same(file, cfg.out)
         sources.append((load_conversations(file, report), float(weight or weights.get(name, 1))))
         names, kinds = [*names, name], kinds | {kind_of(file)}
-    if set(weights) - set(names):
-        raise Problem(f"{cfg.recipe} also needs {', '.join(sorted(set(weights) - set(names)))}: give each as NAME=FILE")
+    missing = [name for name in weights if name not in names]
+    if missing:
+        raise Problem(f"{cfg.recipe} also needs {', '.join(missing)}: give each as NAME=FILE")
     found = mix(sources, cfg.seed)
     for item, (conversations, weight) in zip(cfg.files.split(","), sources):
         share = weight * len(conversations) / max(1, len(found))
@@ -1435,6 +1455,6 @@ def identity_file(cfg: IdentityConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(None, {"show": (show, ShowConfig), "stats": (stats, StatsConfig), "tokens": (write_tokens, TokensConfig),
-               "clean": (clean_file, CleanConfig), "split": (split_file, SplitConfig), "oasst": (oasst_file, OasstConfig),
-               "mix": (mix_files, MixConfig), "identity": (identity_file, IdentityConfig)})
+    run(None, dict(show=(show, ShowConfig), stats=(stats, StatsConfig), tokens=(write_tokens, TokensConfig),
+                   clean=(clean_file, CleanConfig), split=(split_file, SplitConfig), oasst=(oasst_file, OasstConfig),
+                   mix=(mix_files, MixConfig), identity=(identity_file, IdentityConfig)))

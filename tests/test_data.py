@@ -337,9 +337,11 @@ def test_every_record_is_returned_or_counted(tmp_path):
 def test_half_a_character(tmp_path, tokenizer):
     """Text cut in the middle of an emoji: JSON can spell the half, UTF-8 cannot. One such record among ten
     thousand must not end the training."""
-    (file := tmp_path / "file").write_text(json.dumps([{"conversations": [
-        {"from": "human", "value": "cut \ud83d"}, {"from": "gpt", "value": "whole 🙂"}]}]))
-    (found,) = data.load_conversations(file)
+    record = json.dumps({"conversations": [{"from": "human", "value": "cut \ud83d"}, {"from": "gpt", "value": "whole 🙂"}]})
+    (file := tmp_path / "file").write_text(f"{record}\n{json.dumps(record)}")  # the second is JSON within JSON
+    found, again = data.load_conversations(file, report := data.Report())
+    assert found.turns == again.turns and found.turns[0].text == "cut ?"
+    assert report["mended: half a character became a question mark"] == 2
     example = data.render(found, "plain", tokenizer)
     assert learned(tokenizer, example, "plain") == ["whole 🙂</s>"]
 

@@ -288,7 +288,7 @@ def test_asking_near_the_end_of_the_context():
     asked: list = []
     word = SHARED.decode([300], True)
     size = lambda c: len(data.render(c, "plain", SHARED).tokens)
-    short, near, over = conversation("a"), conversation("a " * 85), conversation("a " * 400)
+    short, near, over = conversation("a"), conversation("a " * 175), conversation("a " * 400)
     talk = conversation(*["a " * 25] * 9)
     assert size(near) < 200 < size(talk) and size(over) > 200
     replies, ended = data.chat(Talker(), SHARED, "plain", [short, over, near, talk], max_new_tokens=40)
@@ -332,7 +332,8 @@ def test_korean(korean, tmp_path, capsys, kind):
     assert (figures["read"], figures["written"]) == (13, 12) and figures["changed: counters of the web page"] == 1
     report = json.loads(Path(f"{clean}.report.json").read_text(encoding="utf-8"))
     assert {"id": "twice", "what": "dropped: a duplicate, or the beginning of another conversation"} in report["conversations"]
-    figures = run(data.split_file, data.SplitConfig, clean, f"--tokenizer={tokenizer}", f"--out={pieces}", "--seq_len=256")
+    figures = run(data.split_file, data.SplitConfig, clean, f"--tokenizer={tokenizer}", f"--out={pieces}",
+                  f"--seq_len={128 if kind == 'trained' else 200}")
     assert figures["read"] == 12 and figures["written"] > 12 and not any("cut" in reason for reason in figures)
     whole, parts = (sorted(t.text for c in data.load_conversations(f) for t in c.turns) for f in (clean, pieces))
     assert whole == parts
