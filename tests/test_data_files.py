@@ -4,8 +4,9 @@
 """
 
 import gzip
-import json
 import itertools
+import json
+import sys
 from collections import Counter
 
 import pytest
@@ -273,7 +274,7 @@ def test_bad_file(tmp_path, monkeypatch, content, want, reason, chunk):
     """A file is read whole or refused with the line, however the pieces fall in which it is read."""
     if chunk == 7 and len(content) > 1e5:
         pytest.skip("too slow")
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(sys.modules[data.read_chunks.__module__], "CHUNK", chunk)
     file, report = tmp_path / "people.json", data.Report()
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(want, str):

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +188,7 @@ TEXT = st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(SPECI
 ROUNDS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 SHARED = data.Tokenizer(MICRO / "tokenizer.model")
 ENDS = {"vicuna_v0": "\n###", "minigpt4": "###"}
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=50, deadline=None, derandomize=True, report_multiple_bugs=False)
 
 
 def flat(rounds) -> list[str]:
@@ -389,10 +389,11 @@ def test_a_large_file_is_tokenised_once(tmp_path, monkeypatch, capsys):
         return len(calls)
 
     file, calls, render = tmp_path / "large.json", [], data.render
-    monkeypatch.setattr(data, "render", lambda *given: calls.append(1) or render(*given))
+    home = sys.modules[data.tokenise.__module__]  # with --impl, somebody else's
+    monkeypatch.setattr(home, "render", lambda *given: calls.append(1) or render(*given))
     save(5)
     assert tokenise() == tokenise() == 5 and len(list(tmp_path.iterdir())) == 1, "small files leave nothing behind"
-    monkeypatch.setattr(data, "LARGE", 1)
+    monkeypatch.setattr(home, "LARGE", 1)
     assert (tokenise(), tokenise()) == (5, 0)
     assert (tokenise("koala"), tokenise("koala"), tokenise()) == (5, 0, 0)
     save(6)
@@ -402,7 +403,7 @@ def test_a_large_file_is_tokenised_once(tmp_path, monkeypatch, capsys):
     cache = next(tmp_path.glob("large.json.vicuna*"))
     cache.write_bytes(cache.read_bytes()[:-50])
     assert (tokenise(tokenizer=other), tokenise(tokenizer=other)) == (6, 0)
-    monkeypatch.setattr(data.np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert tokenise() == 6 and "No space left" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.part"))
 
