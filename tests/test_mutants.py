@@ -1,7 +1,7 @@
 """Tests that are known to bite: with each of these bugs planted, the named test must turn red.
 
 A bug is (what it is, exact source text, replacement, test), listed under its file. The text must stand in the
-file exactly once. The test is in tests/test_<file>, and must fail by an assertion of its own, since a bug
+file exactly once. The test is in tests/test_<file> unless it names another, and must fail by an assertion of its own, since a bug
 that merely breaks the import proves nothing. To add a bug, add a line.
 
     pytest tests/test_mutants.py -k causal
@@ -172,7 +172,7 @@ MODEL = [
 DATA = [
     # who learns what
     ("prompt supervised",
-     "t.glued and i > 0), False)", "t.glued and i > 0), True)",
+     "goes_on and i + k > 0), False)", "goes_on and i + k > 0), True)",
      "test_only_replies_are_learned"),
     ("</s> not supervised",
      "add([tokenizer.eos], True)", "add([tokenizer.eos], False)",
@@ -188,16 +188,16 @@ DATA = [
      "tokenizer.encode(turn.text, t.glued)", "tokenizer.encode(turn.text)",
      "test_string"),
     ("a space before a glued question",
-     "t.glued and i > 0)", "False)",
+     "goes_on and i + k > 0)", "False)",
      "test_string"),
     ("no space after </s> in Vicuna",
-     "t.glued and i > 0)", "i > 0)",
+     "goes_on and i + k > 0)", "i + k > 0)",
      "test_ids"),
     ("continuation is ignored",
      'ids = self.sp.encode("\\n" + text)', "return self.sp.encode(text)",
      "test_continuation_adds_no_space"),
     ("normalised text",
-     '"identity"', '"nfkc"',
+     'normalization_rule_name="identity"', 'normalization_rule_name="nfkc"',
      "test_round_trip"),
 
     # rows
@@ -220,8 +220,31 @@ DATA = [
 
     # files
     ("a repair is not counted",
-     'report["mended: joined two messages of one speaker"] += 1\n', "pass\n",
+     'done.append("mended: joined two messages of one speaker")\n', "pass\n",
      "test_mended_conversations"),
+    ("a record that is cut off is skipped",
+     "fail(error.msg, error.pos)", "return",
+     "test_data_files.py::test_bad_file"),
+    ("unranked replies count among rivals",
+     'alone and rank(r) == float("inf")', 'rank(r) == float("inf")',
+     "test_data_files.py::test_paths_through_a_tree"),
+    ("the cache does not know its tokenizer",
+     "digest(tokenizer.path), digest(__file__)", "digest(__file__)",
+     "test_data_recipes.py::test_a_large_file_is_tokenised_once"),
+
+    # recipes
+    ("an end in mid-sentence is learned",
+     'if conversation.extra.get("cut") and', "if False and",
+     "test_data_files.py::test_bad_input"),
+    ("a long prompt cuts its neighbour's reply",
+     "if len(prompts[i]) + max_new_tokens <= limit]", "]",
+     "test_data_recipes.py::test_asking_near_the_end_of_the_context"),
+    ("the last round is lost",
+     "pieces.append(c.turns[2 * begin:])\n", "pieces = pieces or [c.turns]\n",
+     "test_data_recipes.py::test_splitting_loses_no_round"),
+    ("Markdown is taken for HTML the second time",
+     'c = replace(c, extra={**c.extra, "format": "markdown"})', "pass",
+     "test_data_recipes.py::test_cleaning_twice_changes_nothing_more"),
 ]
 
 SAMPLE = [
@@ -268,7 +291,7 @@ def start(request):
 
 
 def node(bug: Bug) -> str:
-    return f"tests/test_{bug.file}::{bug.test}"
+    return f"tests/{bug.test}" if "::" in bug.test else f"tests/test_{bug.file}::{bug.test}"
 
 
 @pytest.fixture(scope="module")
