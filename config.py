@@ -113,10 +113,13 @@ def describe(cfg) -> str:
 
 
 def run(main: Callable, cls, presets: Optional[dict] = None) -> None:
-    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands."""
+    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands; the command
+    "" is the one that need not be named."""
     script, argv = sys.argv[0].split("/")[-1], sys.argv[1:]
     try:
-        if isinstance(cls, dict):
+        if isinstance(cls, dict) and "" in cls and (not argv or argv[0].startswith("-")):
+            main, cls = cls[""]
+        elif isinstance(cls, dict):
             if not argv or argv[0] not in cls:
                 asked = argv[0] if argv and not argv[0].startswith("-") else ""
                 near = difflib.get_close_matches(asked, cls, 1)
