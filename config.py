@@ -124,7 +124,7 @@ def run(main: Callable, cls, presets: Optional[dict] = None) -> None:
                 asked = argv[0] if argv and not argv[0].startswith("-") else ""
                 near = difflib.get_close_matches(asked, cls, 1)
                 raise Problem(f"unknown command {asked}; did you mean {near[0]}?" if near else
-                              f"say what to do: python {script} {'|'.join(cls)} ...")
+                              f"say what to do: python {script} {'|'.join(filter(None, cls))} ...")
             main, cls = cls[argv[0]]
             script, argv = f"{script} {argv[0]}", argv[1:]
         main(from_cli(cls, argv, presets, prog=script))

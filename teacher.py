@@ -231,7 +231,8 @@ TOYS = {"oracle": "knows every true answer, and rates by truth alone",
 
 class Oracle:
     """Answers and judges questions of the toy world. It needs no text: the true answer comes in `extra`, as
-    extra["question"] (a toy.Question), and for a judge extra["answers"], the two texts to compare."""
+    extra["question"] (a toy.Question), and for a judge extra["answers"], the two texts to compare. With
+    extra["covers"], two captions: does the second one say all that the first one says?"""
 
     def __init__(self, kind: str):
         self.name, self.why = kind, ""
@@ -240,9 +241,13 @@ class Oracle:
         replies = []
         for i, c in enumerate(conversations):
             question = c.extra.get("question")
-            if question is None:
+            if "covers" in c.extra:
+                reference, caption = (toy.found("objects", text) for text in c.extra["covers"])
+                text = "Yes." if reference <= caption else "No."
+            elif question is None:
                 raise Problem(f"{self.name} knows the toy world only; for your own questions give a checkpoint or MODEL@URL")
-            text = self._review(c, question) if "answers" in c.extra else self._answer(question)
+            else:
+                text = self._review(c, question) if "answers" in c.extra else self._answer(question)
             replies.append(Reply(text, True))
             if keep:
                 keep(i, replies[-1])
