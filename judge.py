@@ -68,7 +68,11 @@ class Question:
     category: str
     turns: list[str]
     reference: list[str] = field(default_factory=list)  # one for each turn, "" where there is none
-    truth: Optional[toy.Question] = None  # of the last turn
+    truths: list[toy.Question] = field(default_factory=list)  # toy: one for each turn; the last one is what is rated
+    image: str = ""  # file of a picture that the question is about
+
+    def grade(self, reply: str) -> Optional[float]:
+        return toy.grade(self.truths[-1], reply) if self.truths else None
 
 
 def load_questions(where: str, seed: int = 0) -> list[Question]:
@@ -81,7 +85,8 @@ def load_questions(where: str, seed: int = 0) -> list[Question]:
         if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
             raise Problem(f"{where}: question {r['question_id']} has neither text nor turns")
         reference = [reference] if isinstance(reference, str) else reference
-        questions.append(Question(r["question_id"], str(r.get("category", "generic")), turns, reference))
+        questions.append(Question(r["question_id"], str(r.get("category", "generic")), turns, reference,
+                                  image=r.get("image") or ""))
     known = {*CATEGORIES, "reasoning", "extraction", "stem", "humanities"}
     for category in sorted({q.category for q in questions} - known):
         print(f"{where}: unknown category {category} ({listing(q.id for q in questions if q.category == category)}); "
@@ -102,9 +107,13 @@ def toy_questions(seed: int = 0) -> list[Question]:
             if quota and len(chosen) < n and kind in (category or CATEGORIES) and item.turns[-1][1] not in chosen:
                 chosen[item.turns[-1][1]] = (kind, item)
                 quota -= 1
-    return [Question(i, kind, [text for role, text in item.turns if role == "user"],
-                     [""] * (len(item.turns) // 2) + [item.question.full] if kind in REFERENCED else [], item.question)
-            for i, (kind, item) in enumerate(chosen.values(), 1)]
+    questions = []
+    for i, (kind, item) in enumerate(chosen.values(), 1):
+        turns = [text for _, text in item.turns]
+        earlier = [toy.Question("", "", asked, said, said, {}) for asked, said in zip(turns[:-1:2], turns[1::2])]
+        reference = [q.full for q in (*earlier, item.question)] if kind in REFERENCED else []
+        questions.append(Question(i, kind, turns[::2], reference, [*earlier, item.question]))
+    return questions
 
 
 def read_lines(path, key: str, what: str) -> list[dict]:
@@ -130,26 +139,23 @@ def digest(*parts) -> str:
 
 
 class Kept:
-    """A JSON-lines file that grows as replies come. `key` holds a digest of all that the reply depends on, so that
-    what an earlier run left counts only while it still answers the same request; the rest moves to *.old.jsonl."""
+    """A JSON-lines file that grows as replies come. `key` holds a digest of all that a reply depends on, so that what
+    an earlier run left counts only for the same request. The rest waits in *.old.jsonl, until it is wanted again."""
 
     def __init__(self, path: Path, key: str, wanted: Sequence[str]):
         self.path, self.key, self.wanted = path, key, wanted
-        self.records: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = []
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # empty, or half a line: the machine stopped while it was written
-                continue
-            if record.get(key) in set(wanted):
-                self.records[record[key]] = record
-            else:
-                old.append(line)
-        if old:
-            with open(path.with_suffix(".old.jsonl"), "a", encoding="utf-8") as f:
-                f.writelines(line + "\n" for line in old)
+        store, found = path.with_suffix(".old.jsonl"), {}
+        for file in (store, path):
+            for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # empty, or half a line: the machine stopped while it was written
+                    continue
+                found[record.get(key)] = record
+        self.records: dict[str, dict] = {i: found.pop(i) for i in wanted if i in found}
+        if found:
+            write_lines(store, found.values())
         self.write()
 
     def add(self, record: dict) -> None:
@@ -184,17 +190,17 @@ def answer(player, questions: list[Question], path: Path, settings: list) -> lis
             todo = [(q, i) for q, i in zip(questions, ids) if len(q.turns) > turn and len(said.get(i, [])) == turn]
             asked = []
             for q, i in todo:
-                told = [t for pair in zip(q.turns, said.get(i, [])) for t in pair] + [q.turns[turn]]
-                turns = [data.Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(told)]
-                last = q.truth is not None and turn == len(q.turns) - 1
-                asked.append(data.Conversation(turns, extra={"question": q.truth if last else toy_first(q)}))
+                told = [t for both in zip(q.turns, said.get(i, [])) for t in both] + [q.turns[turn]]
+                extra = dict(question=q.truths[turn] if q.truths else None, image=q.image)
+                asked.append(data.Conversation([data.Turn(("user", "assistant")[k % 2], text)
+                                                for k, text in enumerate(told)], extra=extra))
 
             def keep(n: int, reply: Reply) -> None:
                 q, i = todo[n]
                 said[i] = said.get(i, []) + [reply.text]
-                grade = toy.grade(q.truth, reply.text) if q.truth and turn == len(q.turns) - 1 else None
                 kept.add(dict(answer_id=i, question_id=q.id, model_id=player.name, text=reply.text,
-                              choices=[dict(index=0, turns=said[i])], metadata=dict(ended=reply.ended, grade=grade)))
+                              choices=[dict(index=0, turns=said[i])],
+                              metadata=dict(ended=reply.ended, grade=q.grade(reply.text))))
                 bar.update()
 
             if any(reply is None for reply in player(asked, keep)):
@@ -202,11 +208,6 @@ def answer(player, questions: list[Question], path: Path, settings: list) -> lis
                 raise Problem(f"{player.name} gave no answer to question {listing(missing)} ({player.why}); what it gave "
                               "is kept: the same command asks again")
     return kept.write()
-
-
-def toy_first(q: Question) -> Optional[toy.Question]:
-    """For the oracle as a player: it has nothing to say in a first turn that nobody rates."""
-    return q.truth and toy.Question("", "", q.turns[0], "I see.", "", {})
 
 
 def read_answers(path, questions: list[Question]) -> list[dict]:
@@ -224,6 +225,7 @@ def read_answers(path, questions: list[Question]) -> list[dict]:
             raise Problem(f"{path}: the answer to question {q.id} is not text")
         if len(said_in(a)) != len(q.turns):
             raise Problem(f"{path}: question {q.id} has {len(q.turns)} turns, its answer {len(said_in(a))}")
+        a["metadata"] = dict(a.get("metadata") or {}, grade=q.grade(said_in(a)[-1]))
     return answers
 
 
@@ -239,6 +241,7 @@ def said_in(record: dict) -> list[str]:
 SYSTEM = "You check the quality of answers. You are helpful and precise."
 TEMPLATE = ("[Question]\n{question}\n\n[The Start of Assistant 1's Answer]\n{answer_1}\n\n[The End of Assistant 1's Answer]"
             "\n\n[The Start of Assistant 2's Answer]\n{answer_2}\n\n[The End of Assistant 2's Answer]\n\n[System]\n{prompt}\n\n")
+FIELDS = re.compile(r"\{(question|answer_1|answer_2|prompt)\}")
 PROMPTS = {
     "general": "Two AI assistants have answered the question above. Rate how helpful, relevant, accurate and detailed each "
                "answer is: one overall score for each assistant, from 1 to 10, where more is better.\nBegin with one line "
@@ -260,14 +263,13 @@ def load_prompts(path: str) -> dict[str, tuple[str, str, str]]:
     """Prompts by category: (system, template, instruction); "general" is for every category without its own."""
     if not path:
         return {category: (SYSTEM, TEMPLATE, text) for category, text in PROMPTS.items()}
-    prompts = {r.get("category"): (r.get("system_prompt"), r.get("prompt_template"), (r.get("defaults") or {}).get("prompt"))
-               for r in read_lines(path, "prompt_id", "prompts")}
-    for category, parts in prompts.items():
-        try:
-            "".join(parts) and parts[1].format(question="", answer_1="", answer_2="", prompt="")
-        except (TypeError, LookupError, ValueError, AttributeError):
-            raise Problem(f"{path}: the prompt for {category} needs system_prompt, defaults.prompt, and a prompt_template "
-                          "with the fields question, answer_1, answer_2 and prompt") from None
+    prompts = {}
+    for r in read_lines(path, "prompt_id", "prompts"):
+        parts = (r.get("system_prompt"), r.get("prompt_template"), (r.get("defaults") or {}).get("prompt"))
+        if not all(isinstance(p, str) for p in parts) or set(FIELDS.findall(parts[1])) != set(FIELDS.findall(TEMPLATE)):
+            raise Problem(f"{path}: prompt {r['prompt_id']} needs system_prompt, defaults.prompt, and a prompt_template with "
+                          "{question}, {answer_1}, {answer_2} and {prompt}")
+        prompts[r.get("category")] = parts
     if "general" not in prompts:
         raise Problem(f"{path}: there is no prompt of category general")
     return prompts
@@ -281,10 +283,10 @@ def ask_judge(q: Question, first: dict, second: dict, prompts: dict) -> data.Con
     if q.category in REFERENCED and any(q.reference):
         question += f"\n\n[Reference Answer]\n{in_turns(q.reference)}\n\n[The End of Reference Answer]"
         prompt += "\nThe reference answer is right: compare both answers with it."
-    body = template.format(question=question, answer_1=in_turns(said_in(first)), answer_2=in_turns(said_in(second)),
-                           prompt=prompt)
-    return data.Conversation([data.Turn("user", body)], system=system, extra={
-        "question": q.truth, "answers": (said_in(first)[-1], said_in(second)[-1])})
+    parts = dict(question=question, answer_1=in_turns(said_in(first)), answer_2=in_turns(said_in(second)), prompt=prompt)
+    body = FIELDS.sub(lambda m: parts[m[1]], template)  # once: braces in what people and models say stay as they are
+    return data.Conversation([data.Turn("user", body)], system=system, extra=dict(
+        question=q.truths[-1] if q.truths else None, answers=(said_in(first)[-1], said_in(second)[-1])))
 
 
 def in_turns(texts: list[str]) -> str:
@@ -403,7 +405,7 @@ class Game(NamedTuple):
 def read_games(path: Path, by_hand: dict[str, tuple]) -> dict[int, Game]:
     """A review file by question. What a person read counts most, then the stored score, then the text."""
     games = {}
-    for r in read_lines(path, "question_id", "reviews"):
+    for r in read_lines(path, "question_id", "reviews") if path.stat().st_size else []:
         text, name = str(r.get("text", "")), str(r.get("review_id", f"{path.stem} {r['question_id']}"))
         read, stored = read_scores(text), two_scores(r.get("score"))
         scores = by_hand.get(name) or stored or read
@@ -531,12 +533,13 @@ def compare(a: str, b: str, forward: dict, back: Optional[dict], categories: dic
             said=[in_turns(said_in(r)) if r else "" for r in said]))
     left_out += [i for i in categories if i not in forward]
     scored = [r for r in rows if r["scores"]]
-    by_category: dict = {}
-    for r in scored:
-        total = by_category.setdefault(r["category"], [0.0, 0.0])
-        total[:] = [t + s for t, s in zip(total, r["scores"])]
-    return dict(a=a, b=b, n=len(rows), totals=[sum(r["scores"][k] for r in scored) for k in (0, 1)], scored=len(scored),
-                percent=ratio(scored, lambda r: r["scores"][1], lambda r: r["scores"][0]),
+    second_of_first = lambda some: ratio(some, lambda r: r["scores"][1], lambda r: r["scores"][0])
+    totals = lambda some: [sum(r["scores"][k] for r in some) for k in (0, 1)]
+    by_category = {}
+    for category in dict.fromkeys(r["category"] for r in scored):
+        some = [r for r in scored if r["category"] == category]
+        by_category[category] = dict(n=len(some), totals=totals(some), percent=second_of_first(some))
+    return dict(a=a, b=b, n=len(rows), totals=totals(scored), scored=len(scored), percent=second_of_first(scored),
                 wins=sum(r["verdict"] == 1 for r in rows), ties=sum(r["verdict"] == 0 for r in rows),
                 losses=sum(r["verdict"] == -1 for r in rows),
                 preferred=ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0),
@@ -562,7 +565,7 @@ def biases(rows: list[dict]) -> dict:
         second=ratio(both, lambda r: r["position"] < 0, lambda r: 1),
         position=ratio(both, lambda r: np.sign(r["position"]), lambda r: 1),
         longer_wins=ratio(lengths, lambda r: r["verdict"] == r["longer"], lambda r: r["verdict"] != 0),
-        length=ratio([r for r in lengths if r["equally_right"]], lambda r: r["verdict"] * r["longer"], lambda r: 1),
+        length=ratio([r for r in lengths if r["equally_right"] and r["swapped"]], lambda r: r["verdict"] * r["longer"], lambda r: 1),
         truth=agreement((r["verdict"], r["truth"]) for r in rows if r["truth"] is not None),
         people=agreement((r["verdict"], v) for r in rows for v in r["people"].values()),
         people_truth=agreement((r["truth"], v) for r in rows for v in r["people"].values() if r["truth"] is not None),
@@ -640,16 +643,18 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
     """Figures of the review files as a table, out/report.json and out/report.html; what nobody could read goes to
     out/unread.jsonl. review_B_A beside (or in swapped/ under) review_A_B is the same pair in the other order."""
     unread, by_hand = out / "unread.jsonl", {}
-    rows = data.read_records(unread) if unread.exists() and unread.stat().st_size else []
+    rows = read_lines(unread, "review_id", "reviews") if unread.exists() and unread.stat().st_size else []
     for r in rows:
         if r.get("score") is not None:
             by_hand[r["review_id"]] = two_scores(r["score"])
             if by_hand[r["review_id"]] is None:
                 raise Problem(f"{unread}: the score of review {r['review_id']} must be two numbers from 0 to 10, or null")
     games = {f: read_games(f, by_hand) for f in files}
-    write_lines(unread, [dict(review_id=g.review_id, file=f.name, question_id=i, text=g.text,
-                              score=by_hand.get(g.review_id)) for f in files for i, g in games[f].items()
-                         if g.winner is None or g.review_id in by_hand])
+    listed = [dict(review_id=g.review_id, file=f.name, question_id=i, text=g.text, score=by_hand.get(g.review_id))
+              for f in files for i, g in games[f].items() if g.winner is None or g.review_id in by_hand]
+    listed += [r for r in rows if r.get("score") is not None and r["review_id"] not in {new["review_id"] for new in listed}]
+    if listed or rows:
+        write_lines(unread, listed)
     pairs: dict[tuple, list] = {}
     for f in files:
         place, (a, b) = str(f.parent).removesuffix("swapped").rstrip("/"), names_of(f)
@@ -699,7 +704,13 @@ def print_report(figures: dict, unread: Path) -> None:
                   f"{p['ties']:>6}{p['losses']:>7}{percent(p['preferred']):>25}")
         else:
             print(f"{p['title']:<26} no review could be read: nothing is claimed about these two")
-    print("[ ]: 95 % interval, questions drawn again 2000 times")
+    print("[ ]: 95 % interval, questions drawn again 2000 times\n")
+    for k, what in enumerate(("first : second", "totals by category")):
+        print(f"{what:<20}" + "".join(f"{(p['a'], p['b'])[k]:>14.13}" for p in figures["pairs"]))
+    for category in dict.fromkeys(c for p in figures["pairs"] for c in p["categories"]):
+        cells = [p["categories"].get(category) for p in figures["pairs"]]
+        print(f"{category:<20}" + "".join(f"{':'.join(f'{t:g}' for t in c['totals']) if c else '-':>14}" for c in cells))
+    print()
     for p in figures["pairs"]:
         if p["left_out"]:
             print(f"left out of {p['title']}: question {listing(p['left_out'])} (no readable review in every order)")
@@ -712,6 +723,8 @@ def print_report(figures: dict, unread: Path) -> None:
         print(f"position: the judge agrees with itself on {percent(b['consistent'])} % when the order is swapped; "
               f"{percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who stands second"
               + found_bias(b["position"], "first", "second"))
+    else:
+        print("position: not measured, each pair was judged in one order only")
     if b["longer_wins"]:
         print(f"length: the longer answer wins {percent(b['longer_wins'])} % of what is decided"
               + (f"; of two equally right ones, {percent(b['length'])} % more often than the shorter one"
@@ -769,13 +782,16 @@ def main(cfg: JudgeConfig) -> dict:
     if model == baseline:
         raise Problem("two players are needed: --model and --baseline are the same")
     settings = [cfg.temperature, cfg.max_new_tokens or (64 if cfg.questions == "toy" else 1024)]
+    if strangers := [s for s in (*specs, cfg.judge) if s in TOYS and cfg.questions != "toy"]:
+        raise Problem(f"{strangers[0]} knows the toy world only; for your own questions give --players and --judge")
     judge = teacher(cfg.judge, per_minute=cfg.per_minute)  # before the answers: a missing key is found at once
     write_lines(out_file(out, "question.jsonl"), [dict(question_id=q.id, category=q.category, turns=q.turns,
-                                                       text=q.turns[-1], reference=q.reference) for q in questions])
+                                                       text=q.turns[-1], reference=q.reference, image=q.image) for q in questions])
     answers = {}
     for name, spec in zip(names, specs):
         if spec.endswith(".jsonl"):
             answers[name] = read_answers(spec, questions)
+            write_lines(out_file(out / "answer", f"answer_{name}.jsonl"), answers[name])  # for `rate` and `report`
         else:
             player = teacher(spec, *settings, per_minute=cfg.per_minute)
             answers[name] = answer(player, questions, out / "answer" / f"answer_{name}.jsonl", settings)
@@ -783,14 +799,13 @@ def main(cfg: JudgeConfig) -> dict:
         print(f"{name}: {len(questions)} answers" + (f"; empty ones, judged as they are: {listing(empty)}" if empty else ""))
     pairs = [(name, model) for name in names if name != model] + [
         (baseline, name) for name in names if name not in (baseline, model)]
+    print(f"{model} against each other player, and each against {baseline}; reviews by {judge.name}"
+          + (", in both orders" if cfg.swap else ", in one order"))
     games = [(out / "review" / f"review_{a}_{b}.jsonl", answers[a], answers[b]) for a, b in pairs]
     if cfg.swap:
         games += [(out / "review" / "swapped" / f"review_{b}_{a}.jsonl", answers[b], answers[a]) for a, b in pairs]
     review(judge, games, questions, cfg)
-    files = [path for path, _, _ in games if path.stat().st_size]
-    if not files:
-        raise Problem(f"{judge.name} gave no review ({judge.why})")
-    return report(files, out, questions, [a for some in answers.values() for a in some], judge.name)
+    return report([path for path, _, _ in games], out, questions, [a for some in answers.values() for a in some], judge.name)
 
 
 def out_file(out: Path, name: str) -> Path:

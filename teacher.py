@@ -56,6 +56,11 @@ def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, **s
     return Checkpoint(spec, temperature, max_new_tokens)
 
 
+def refuse_pictures(name: str, conversations: Sequence[data.Conversation]) -> None:
+    if any(c.extra.get("image") for c in conversations):
+        raise Problem(f"{name} cannot see, and there are questions about pictures")
+
+
 # -- a server ------------------------------------------------------------------------------------------------
 
 class Server:
@@ -82,6 +87,7 @@ class Server:
         self.lock, self.stopped = threading.Lock(), threading.Event()
 
     def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
+        refuse_pictures(self.name, conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
         in_a_row = 0
         self.stopped.clear()
@@ -198,6 +204,7 @@ class Checkpoint:
         self.name = f"{(step.parent if step.name.startswith('step-') else step).name}:{checksum:08x}"
 
     def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
+        refuse_pictures(self.name, conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
         plain, limit, fits = self.template == "plain", self.net.config.max_seq_len, []
         if plain:
