@@ -89,13 +89,23 @@ class Server:
     def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         refuse_pictures(self.name, conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
-        in_a_row = 0
+        failed = 0  # requests in a row
         self.stopped.clear()
 
         def work(i: int) -> None:
-            reply = self._ask(conversations[i])
+            nonlocal failed
+            if self.stopped.is_set():
+                return
+            try:
+                reply = self._ask(conversations[i])
+            except Problem as problem:
+                with self.lock:
+                    failed, self.why = failed + 1, str(problem)
+                    if failed == 3:
+                        self.stopped.set()
+                return
             with self.lock:
-                replies[i] = reply
+                replies[i], failed = reply, failed if self.stopped.is_set() else 0
                 self.read, self.written = self.read + reply.read, self.written + reply.written
                 if keep:
                     keep(i, reply)
@@ -103,16 +113,12 @@ class Server:
         pool = ThreadPoolExecutor(self.workers)
         try:
             for future in as_completed([pool.submit(work, i) for i in range(len(conversations))]):
-                error = future.exception()
-                if error and not isinstance(error, Problem):
-                    raise error
-                in_a_row = in_a_row + 1 if error else 0
-                self.why = str(error) if error else self.why
-                if in_a_row == 3:
-                    raise Problem(f"{error}; three requests in a row. What was answered is kept: the same command goes on")
+                future.result()
         finally:  # also on Ctrl-C: what is under way is waited for and kept, the rest is not begun
             self.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
+        if failed >= 3:
+            raise Problem(f"{self.why}; three requests in a row. What was answered is kept: the same command goes on")
         return replies
 
     def _ask(self, conversation: data.Conversation) -> Reply:
@@ -158,7 +164,7 @@ class Server:
                     return
                 rest = self.next_start - now
             self.stopped.wait(rest)
-        raise Problem(f"{self.name}: stopped")
+        raise Problem(self.why)
 
     def _post(self, body: bytes) -> Reply:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
