@@ -225,6 +225,7 @@ def read_answers(path, questions: list[Question]) -> list[dict]:
             raise Problem(f"{path}: the answer to question {q.id} is not text")
         if len(said_in(a)) != len(q.turns):
             raise Problem(f"{path}: question {q.id} has {len(q.turns)} turns, its answer {len(said_in(a))}")
+        a.setdefault("answer_id", digest(str(path), q.id, said_in(a)))
         a["metadata"] = dict(a.get("metadata") or {}, grade=q.grade(said_in(a)[-1]))
     return answers
 
@@ -296,7 +297,7 @@ def in_turns(texts: list[str]) -> str:
 # -- scores are read, never guessed --------------------------------------------------------------------------
 
 WORDS = "zero one two three four five six seven eight nine ten".split()
-NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)(?![0-9%]|\.[0-9])(?! ?/ ?(?!10\b)| out of (?!10\b))"
+NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)(?![0-9%]|\.[0-9])(?! ?/(?! ?10\b)| out of (?!10\b))"
 OF_TEN = r"(?: ?/ ?10\b| out of 10\b)"
 ONE = rf"(?:{NUMBER}{OF_TEN}?|({'|'.join(WORDS)}))"
 NAMED = r"(?:(?:the |my |final |overall |python |output )*(?:scores?|ratings?|tuple|output)\b(?: tuple)?)"
@@ -518,7 +519,7 @@ def compare(a: str, b: str, forward: dict, back: Optional[dict], categories: dic
             continue
         second = -games[1].winner if back else game.winner
         scores = [g.scores[::-1] if k else g.scores for k, g in enumerate(games) if g.scores]
-        said = [answers.get(answer_id) for answer_id in game.answers]
+        said = [answers.get(answer_id) for answer_id in game.answers]  # None: the answer's file is not here
         words = [len(said_in(r)[-1].split()) if r else 0 for r in said]
         grades = [(r.get("metadata") or {}).get("grade") if r else None for r in said]
         known = None not in grades
@@ -662,7 +663,7 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
             pairs[place, b, a].append(games[f])
         else:
             pairs[place, a, b] = [games[f]]
-    by_id = {r.get("answer_id"): r for r in answers}
+    by_id = {r["answer_id"]: r for r in answers if r.get("answer_id")}
     votes, categories = read_ratings(out / "rating"), {q.id: q.category for q in questions}
     found = [compare(a, b, both[0], both[1] if len(both) == 2 else None, categories, by_id, votes)
              for (_, a, b), both in pairs.items()]
