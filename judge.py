@@ -1,6 +1,6 @@
 """Vicuna's evaluation: questions, answers, reviews by a judge in both orders, scores, a report to look at.
 
-    python judge.py                   # the toy world: base, alpaca, vicuna, noisy oracle, oracle; 80 questions
+    python judge.py                   # toy world: base, alpaca, vicuna, noisy oracle, oracle; 80 questions
     python judge.py --judge=first     # judge lab: a judge that prefers who stands first, and is found out
     python judge.py --questions=assets/questions.jsonl --judge=gpt-4@https://api.openai.com/v1 \\
                     --players=out/mine,gpt-3.5-turbo@https://api.openai.com/v1
@@ -40,7 +40,7 @@ REFERENCED = ("coding", "math", "reasoning")  # judged with a reference answer w
 @dataclass
 class JudgeConfig:
     questions: str = "toy"  # toy, or a file in the published format (Vicuna's or MT-bench's)
-    players: str = "out/base,out/alpaca,out/vicuna,noisy,oracle"  # checkpoints, MODEL@URL, answer files, noisy, oracle
+    players: str = "out/base,out/alpaca,out/vicuna,noisy,oracle"  # also MODEL@URL and answer files
     model: str = ""  # the player compared with each other one; when not given vicuna, else the first
     baseline: str = ""  # the player whose total is 100 %; when not given oracle, else the last
     judge: str = "oracle"  # oracle, MODEL@URL or a checkpoint; first and longer are biased on purpose
@@ -81,8 +81,8 @@ def load_questions(where: str, seed: int = 0) -> list[Question]:
         return toy_questions(seed)
     questions = []
     for r in read_lines(where, "question_id", "questions"):
-        turns, reference = r.get("turns", [r.get("text")]), r.get("reference") or []
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+        turns, reference = r.get("turns") or [r.get("text")], r.get("reference") or []
+        if not isinstance(turns, list) or not all(isinstance(t, str) and t.strip() for t in turns):
             raise Problem(f"{where}: question {r['question_id']} has neither text nor turns")
         questions.append(Question(r["question_id"], str(r.get("category", "generic")), turns,
                                   [reference] if isinstance(reference, str) else reference,
@@ -95,8 +95,8 @@ def load_questions(where: str, seed: int = 0) -> list[Question]:
 
 
 def toy_questions(seed: int = 0) -> list[Question]:
-    """80 questions, in the published proportions where the toy world has that kind. Those about a scene have two
-    turns: the first one tells the scene, a held-out one. The others ask for what was never trained."""
+    """80 questions, in the published proportions where the toy world has that kind. Those about a scene have
+    two turns: the first one tells the scene, a held-out one. The others ask for what was never trained."""
     rng, n = random.Random(f"judge {seed}"), sum(CATEGORIES.values())
     scenes = [item for item in (toy.converse(rng, "scenes", 2) for _ in range(15 * n)) if item.later]
     items = scenes + toy.test_set("facts", n, seed + 2) + toy.test_set("closed", 2 * n, seed + 2)
@@ -111,7 +111,7 @@ def toy_questions(seed: int = 0) -> list[Question]:
     questions = []
     for i, (kind, item) in enumerate(chosen.values(), 1):
         turns = [text for _, text in item.turns]
-        earlier = [toy.Question("", "", asked, said, said, {}) for asked, said in zip(turns[:-1:2], turns[1::2])]
+        earlier = [toy.Question("", "", *pair_, pair_[1], {}) for pair_ in zip(turns[:-1:2], turns[1::2])]
         truths = [*earlier, item.question]
         reference = [q.full for q in truths] if kind in REFERENCED else []
         questions.append(Question(i, kind, turns[::2], reference, truths))
@@ -141,8 +141,9 @@ def digest(*parts) -> str:
 
 
 class Kept:
-    """A JSON-lines file that grows as replies come. `key` holds a digest of all that a reply depends on, so that
-    what an earlier run left counts only for the same request. The rest waits in *.old.jsonl until it is wanted."""
+    """A JSON-lines file that grows as replies come. `key` holds a digest of all that a reply depends on, so
+    that what an earlier run left counts only for the same request. The rest waits in *.old.jsonl until it is
+    wanted again."""
 
     def __init__(self, path: Path, key: str, wanted: Sequence[str]):
         self.path, self.key, self.wanted = path, key, wanted
@@ -152,7 +153,7 @@ class Kept:
             for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # empty, or half a line: the machine stopped while it was written
+                except json.JSONDecodeError:  # empty, or half a line: the machine stopped while writing
                     continue
                 found[record.get(key)] = record
         self.records: dict[str, dict] = {i: found.pop(i) for i in wanted if i in found}
@@ -183,7 +184,8 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 # -- answers -------------------------------------------------------------------------------------------------
 
 def answer(player, questions: list[Question], path: Path, settings: list) -> list[dict]:
-    """The player's answers, MT-bench's and Vicuna's format in one. In a second turn it hears its own first answer."""
+    """The player's answers, MT-bench's and Vicuna's format in one. In a second turn it hears its own first
+    answer."""
     ids = [digest(player.name, settings, q.turns) for q in questions]
     kept = Kept(path, "answer_id", ids)
     said = {i: said_in(record) for i, record in kept.records.items()}
@@ -208,8 +210,8 @@ def answer(player, questions: list[Question], path: Path, settings: list) -> lis
 
             if any(reply is None for reply in player(asked, keep)):
                 missing = listing(q.id for q, i in todo if len(said.get(i, [])) == turn)
-                raise Problem(f"{player.name} gave no answer to question {missing} ({player.why}); what it gave is "
-                              "kept: the same command asks again")
+                raise Problem(f"{player.name} gave no answer to question {missing} ({player.why}); what it "
+                              "gave is kept: the same command asks again")
     return kept.write()
 
 
@@ -241,7 +243,7 @@ def said_in(record: dict) -> list[str]:
 
 # -- prompts for the judge -----------------------------------------------------------------------------------
 
-# The published structure, and what each prompt asks for, in our own words: --prompts takes the published file.
+# The published structure, and what each prompt asks for in our own words; --prompts takes the published file.
 SYSTEM = "You check the quality of answers. You are helpful and precise."
 TEMPLATE = ("[Question]\n{question}\n\n"
             "[The Start of Assistant 1's Answer]\n{answer_1}\n\n[The End of Assistant 1's Answer]\n\n"
@@ -249,21 +251,24 @@ TEMPLATE = ("[Question]\n{question}\n\n"
             "[System]\n{prompt}\n\n")
 FIELDS = re.compile(r"\{(question|answer_1|answer_2|prompt)\}")
 PROMPTS = {
-    "general": "Two AI assistants have answered the question above. Rate how helpful, relevant, accurate and "
-               "detailed each answer is: one overall score for each assistant, from 1 to 10, where more is better.\n"
-               "Begin with one line that holds the two scores and nothing else: that of Assistant 1, a space, that "
-               "of Assistant 2. After that line, explain your rating. Be fair: who comes first must not matter.",
-    "coding": "Two AI assistants were to write a program. Review their code: how each went about the problem, how "
-              "the code is built, how well it reads, what its comments explain. Does it do what was asked, is it "
-              "right and efficient, is it commented clearly, does it keep to good practice?\n"
-              "Begin with one line that holds two scores from 1 (no code, or no sense) to 10 (perfect) and nothing "
-              "else: that of Assistant 1, a space, that of Assistant 2. After that line, say what is strong, what "
-              "is weak, and what could be better.",
-    "math": "Two AI assistants have answered the mathematical question above. Solve it yourself first, without "
-            "looking at their answers. Then go through the steps of each and find what is wrong; steps count, not "
-            "only results.\n"
-            "At the end, write a Python tuple with the two scores from 1 to 10, that of Assistant 1 first, and "
-            "explain why they differ if they do.",
+    "general": "Two AI assistants have answered the question above. Rate how helpful, relevant, accurate "
+               "and detailed each answer is: one overall score for each assistant, from 1 to 10, more is "
+               "better.\n"
+               "Begin with one line that holds the two scores and nothing else: that of Assistant 1, a "
+               "space, that of Assistant 2. After that line, explain your rating. Be fair: who comes first "
+               "must not matter.",
+    "coding": "Two AI assistants were to write a program. Review their code: how each went about the "
+              "problem, how the code is built, how well it reads, what its comments explain. Does it do what "
+              "was asked, is it right and efficient, is it commented clearly, does it keep to good "
+              "practice?\n"
+              "Begin with one line that holds two scores from 1 (no code, or no sense) to 10 (perfect) and "
+              "nothing else: that of Assistant 1, a space, that of Assistant 2. After that line, say what is "
+              "strong, what is weak, and what could be better.",
+    "math": "Two AI assistants have answered the mathematical question above. Solve it yourself first, "
+            "without looking at their answers. Then go through the steps of each and find what is wrong; "
+            "steps count, not only results.\n"
+            "At the end, write a Python tuple with the two scores from 1 to 10, that of Assistant 1 first, "
+            "and explain why they differ if they do.",
 }
 
 
@@ -274,7 +279,7 @@ def load_prompts(path: str) -> dict[str, tuple[str, str, str]]:
     prompts = {}
     for r in read_lines(path, "prompt_id", "prompts"):
         parts = (r.get("system_prompt"), r.get("prompt_template"), (r.get("defaults") or {}).get("prompt"))
-        if not all(isinstance(p, str) for p in parts) or set(FIELDS.findall(parts[1])) != set(FIELDS.findall(TEMPLATE)):
+        if not all(isinstance(p, str) for p in parts) or len(set(FIELDS.findall(parts[1]))) < 4:
             raise Problem(f"{path}: prompt {r['prompt_id']} needs system_prompt, defaults.prompt, and a "
                           "prompt_template with {question}, {answer_1}, {answer_2} and {prompt}")
         prompts[r.get("category")] = parts
@@ -287,12 +292,13 @@ def ask_judge(q: Question, first: dict, second: dict, prompts: dict) -> data.Con
     system, template, prompt = prompts.get(q.category, prompts["general"])
     question = in_turns(q.turns)
     if len(q.turns) > 1:
-        prompt += "\nThe user spoke in several turns. Rate the last answer, in the light of what was said before."
+        prompt += "\nThe user spoke in several turns. Rate the last answer, in the light of those before."
     if q.category in REFERENCED and any(q.reference):
         question += f"\n\n[Reference Answer]\n{in_turns(q.reference)}\n\n[The End of Reference Answer]"
         prompt += "\nThe reference answer is right: compare both answers with it."
     answers = said_in(first), said_in(second)
-    parts = dict(question=question, answer_1=in_turns(answers[0]), answer_2=in_turns(answers[1]), prompt=prompt)
+    parts = dict(question=question, prompt=prompt,
+                 answer_1=in_turns(answers[0]), answer_2=in_turns(answers[1]))
     body = FIELDS.sub(lambda m: parts[m[1]], template)  # once: braces in what people and models say stay
     return data.Conversation([data.Turn("user", body)], system=system, extra=dict(
         question=q.truths[-1] if q.truths else None, answers=[said[-1] for said in answers]))
@@ -319,7 +325,8 @@ NAMED_TUPLE = re.compile(r"(?:\b(?:scores?|ratings?|tuple)|^output ?:)"
                          rf"(?: is| are| would be)? ?[:=]? ?{TUPLE.pattern}")
 # "Assistant 1: 9", but not a step of a calculation that happens to follow the name
 LABEL = re.compile(r"assistant ([12])(?:'s)?(?: (?:final|overall|score|rating|answer|solution|code))* ?[:=] ?"
-                   rf"{NUMBER}(?:{OF_TEN}|(?=\.? ?$| ?\([a-z]|[,;]? (?:and )?assistant| ?[,;–—-] [a-z]{{2}}))")
+                   rf"{NUMBER}(?:{OF_TEN}|"
+                   r"(?=\.? ?$| ?\([a-z]|[,;]? (?:and )?assistant| ?[,;–—-] [a-z]{2}))")
 PROSE = re.compile(r"assistant ([12])\b[^.!?:0-9]*?"
                    rf"(?:\bscore (?:of|is) {NUMBER}|\b(?:an?|as|at|is) {NUMBER}{OF_TEN})")
 
@@ -327,10 +334,10 @@ PROSE = re.compile(r"assistant ([12])\b[^.!?:0-9]*?"
 def read_scores(text: str) -> Optional[tuple[float, float]]:
     """The two scores of a review, 0 to 10 each; None when it gives none, or more than one pair, or others.
 
-    The first line decides when it holds two scores and nothing else, as the general prompt asks for. Otherwise
-    they may stand behind the assistants' names, in a named tuple, or in a line of their own (a tuple, or the last
-    line) that does not repeat numbers used before: a point (10, 4) in an explanation is not a score. All that is
-    found must agree.
+    The first line decides when it holds two scores and nothing else, as the general prompt asks for.
+    Otherwise they may stand behind the assistants' names, in a named tuple, or in a line of their own (a
+    tuple, or the last line) that does not repeat a tuple of other lines: a point (10, 4) in an explanation is
+    not a score. All that is found must agree.
     """
     lines = [" ".join(re.sub(r"[*_`#>\"]", " ", line).lower().split()) for line in text.splitlines()]
     lines = [line for line in lines if line]
@@ -363,7 +370,7 @@ def pair(match: re.Match) -> tuple[float, float]:
 
 
 def read_winner(text: str) -> Optional[int]:
-    """MT-bench's verdict: [[A]] -1, [[B]] 1, [[C]] (a tie) 0; None when there is none, or more than one kind."""
+    """MT-bench's verdict: [[A]] -1, [[B]] 1, [[C]] (a tie) 0; None when there is none, or several kinds."""
     marks = set(re.findall(r"\[\[([ABC])\]\]", text))
     return {"A": -1, "B": 1, "C": 0}[marks.pop()] if len(marks) == 1 else None
 
@@ -382,8 +389,8 @@ def review(judge, games: list[tuple], questions: list[Question], cfg: JudgeConfi
     paid = isinstance(judge, Server) and jobs
     if paid:
         read, written = sum(len(c.system + c.turns[0].text) for *_, c in jobs) // 4, 400 * len(jobs)
-        print(f"{len(jobs)} reviews to come from {judge.name}: about {read} tokens to read, {written} to write"
-              + cost(read, written, cfg))
+        print(f"{len(jobs)} reviews to come from {judge.name}: about {read} tokens to read, {written} to "
+              "write" + cost(read, written, cfg))
     with tqdm(total=len(jobs), desc=f"reviews by {judge.name}", leave=False) as bar:
         def keep(n: int, reply: Reply) -> None:
             kept, i, q, a, b, _ = jobs[n]
@@ -398,8 +405,8 @@ def review(judge, games: list[tuple], questions: list[Question], cfg: JudgeConfi
             for kept in {id(job[0]): job[0] for job in jobs}.values():
                 kept.write()
             if paid:
-                print(f"{judge.name}: {judge.read} tokens read, {judge.written} written, {judge.retries} requests "
-                      "repeated" + cost(judge.read, judge.written, cfg))
+                print(f"{judge.name}: {judge.read} tokens read, {judge.written} written, {judge.retries} "
+                      "requests repeated" + cost(judge.read, judge.written, cfg))
     if missing:
         print(f"{missing} reviews are missing ({judge.why}); the same command asks for them again")
 
@@ -468,8 +475,8 @@ def rate(cfg: RateConfig) -> dict:
     rng, rated = random.Random(f"{rater} {sorted(names)}"), 0
     order = [(n, rng.random() < 0.5) for n in rng.sample(range(len(questions)), len(questions))]
     order = [(n, swapped) for n, swapped in order if (questions[n].id, frozenset(names)) not in done]
-    print(f"{len(order)} questions to rate, {rater}. 1 or 2: that answer is better; t: a tie; s: skip; q: quit "
-          "(all is kept)")
+    print(f"{len(order)} questions to rate, {rater}. 1 or 2: that answer is better; t: a tie; s: skip; "
+          "q: quit (all is kept)")
     for left, (n, swapped) in zip(range(len(order), 0, -1), order):
         shown = [1, 0] if swapped else [0, 1]
         print(f"\n{'-' * 80}\n[{left} left] " + in_turns(questions[n].turns))
@@ -495,7 +502,7 @@ def rate(cfg: RateConfig) -> dict:
 
 
 def read_ratings(folder: Path) -> dict[tuple, dict[str, str]]:
-    """(question, the two players) -> rater -> the name of the better one, or "tie"; all files of the folder."""
+    """(question, the two players) -> rater -> the name of the better one, or "tie"; from all files."""
     votes: dict[tuple, dict[str, str]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for r in data.read_records(path) or []:
@@ -510,8 +517,8 @@ def read_ratings(folder: Path) -> dict[tuple, dict[str, str]]:
 # -- figures -------------------------------------------------------------------------------------------------
 
 def ratio(rows: list[dict], top: Callable, bottom: Callable) -> Optional[dict]:
-    """sum(top) / sum(bottom) with a 95 % interval: questions (all rows of a question together) are drawn again,
-    2000 times. None when there is nothing to divide by."""
+    """sum(top) / sum(bottom) with a 95 % interval: questions (all rows of one together) are drawn again, 2000
+    times. None when there is nothing to divide by."""
     sums: dict = {}
     for row in rows:
         t, b = sums.get(row["id"], (0, 0))
@@ -527,10 +534,10 @@ def ratio(rows: list[dict], top: Callable, bottom: Callable) -> Optional[dict]:
 
 def compare(a: str, b: str, forward: dict, back: Optional[dict], categories: dict, answers: dict,
             votes: dict) -> dict:
-    """All about one pair. `forward`: a stands first; `back`: the same questions with b first, if they were asked.
+    """All about one pair. `forward`: a stands first; `back`: b stands first, if that was asked, too.
 
-    In both orders, b wins when it wins twice, and what the orders disagree on is a tie (2306.05685); scores are
-    the mean of both. A question without a readable review in every order asked is left out of all figures.
+    In both orders, b wins when it wins twice, and what the orders disagree on is a tie (2306.05685); scores
+    are the mean of both. A question without a readable review in every order is left out of all figures.
     """
     rows, left_out = [], [i for i in categories if i not in forward]
     for i, game in forward.items():
@@ -569,16 +576,18 @@ def compare(a: str, b: str, forward: dict, back: Optional[dict], categories: dic
 
 
 def agreement(votes: Iterable[tuple[int, int]]) -> Optional[dict]:
-    """Of two judges' signs: the share of equal ones, and the same where neither says tie (2306.05685: S1, S2)."""
+    """Of two judges' signs: the share of equal ones, and that where neither says tie (2306.05685: S1, S2)."""
     votes = list(votes)
+    if not votes:
+        return None
     decided = [(x, y) for x, y in votes if x and y]
     same = lambda some: sum(x == y for x, y in some) / len(some) if some else None
-    return dict(n=len(votes), all=same(votes), n_decided=len(decided), decided=same(decided)) if votes else None
+    return dict(n=len(votes), all=same(votes), n_decided=len(decided), decided=same(decided))
 
 
 def biases(rows: list[dict]) -> dict:
-    """Of the judge, over all pairs. Position: who stands first wins more often, both orders taken together, than
-    who stands second. Length: of two equally right answers, the longer one wins more often than the shorter."""
+    """Of the judge, over all pairs. Position: both orders taken together, who stands first wins more often
+    than who stands second. Length: of two equally right answers, the longer wins more often than the shorter."""
     both = [r for r in rows if r["swapped"]]
     unequal = [r for r in rows if r["longer"]]
     equally_right = [r for r in unequal if r["swapped"] and r["truth"] == 0]
@@ -619,8 +628,8 @@ def mentions(caption: str) -> set[tuple[str, str]]:
     return set(re.findall(rf"\b({'|'.join(toy.COLORS)}) ({'|'.join(toy.SHAPES)})s?\b", caption.lower()))
 
 
-def chair(captions: Sequence[str], present: Sequence[set], mentioned: Callable[[str], set] = mentions) -> dict:
-    """CHAIR. Instances: mentioned objects that are not there / all mentioned. Sentences: captions with one / all."""
+def chair(captions: Sequence[str], present: Sequence[set], mentioned: Callable = mentions) -> dict:
+    """CHAIR. Instances: mentioned objects that are not there, of all. Sentences: captions with such a one."""
     found = [mentioned(c) for c in captions]
     wrong = [f - p for f, p in zip(found, present)]
     count = max(1, len(captions))
@@ -629,7 +638,7 @@ def chair(captions: Sequence[str], present: Sequence[set], mentioned: Callable[[
 
 
 def pope_questions(scene: toy.Scene, rng: random.Random, each: int = 1) -> list[toy.Question]:
-    """POPE: "is there ...?", as many true as untrue; the untrue ones mostly mix what is there (adversarial)."""
+    """POPE: "is there ...?", as many true as untrue; the untrue mostly mix what is there (adversarial)."""
     wanted, questions = {"yes": each, "no": each}, []
     for _ in range(100 * each):  # a scene of equal objects has no question with the answer yes
         q = toy.ask_scene("exists", scene, rng)
@@ -647,7 +656,8 @@ def pope(questions: Sequence[toy.Question], replies: Sequence[str]) -> dict:
     yes, count = sum(s == {"yes"} for s in said), max(1, len(truth))
     hits = sum(s == {"yes"} and t == "yes" for s, t in zip(said, truth))
     precision, recall = hits / max(1, yes), hits / max(1, truth.count("yes"))
-    return dict(accuracy=sum(s == {t} for s, t in zip(said, truth)) / count, precision=precision, recall=recall,
+    return dict(accuracy=sum(s == {t} for s, t in zip(said, truth)) / count,
+                precision=precision, recall=recall,
                 f1=2 * precision * recall / max(1e-9, precision + recall), yes=yes / count,
                 unread=sum(len(s) != 1 for s in said), n=len(truth))
 
@@ -655,8 +665,8 @@ def pope(questions: Sequence[toy.Question], replies: Sequence[str]) -> dict:
 def coverage(ask, captions: Sequence[str], references: Sequence[str]) -> dict:
     """Share of captions that say all that the reference says, by a yes/no judge (a teacher)."""
     asked = [data.Conversation(
-        [data.Turn("user", f"Caption 1: {reference}\nCaption 2: {caption}\n\nDoes caption 2 cover all objects and "
-                           "relations of caption 1? Answer with yes or no.")],
+        [data.Turn("user", f"Caption 1: {reference}\nCaption 2: {caption}\n\nDoes caption 2 cover all "
+                           "objects and relations of caption 1? Answer with yes or no.")],
         extra={"covers": (reference, caption)}) for caption, reference in zip(captions, references)]
     replies = [reply and re.match(r"\W*(yes|no)\b", reply.text.lower()) for reply in ask(asked)]
     read = [m[1] == "yes" for m in replies if m]
@@ -665,16 +675,18 @@ def coverage(ask, captions: Sequence[str], references: Sequence[str]) -> dict:
 
 # -- the report ----------------------------------------------------------------------------------------------
 
-def report(files: list[Path], out: Path, questions: list[Question], answers: Iterable[dict], judge: str = "") -> dict:
-    """Figures of the review files as a table, out/report.json and out/report.html; what nobody could read goes to
-    out/unread.jsonl. review_B_A beside review_A_B, or in swapped/, is the same pair in the other order."""
+def report(files: list[Path], out: Path, questions: list[Question], answers: Iterable[dict],
+           judge: str = "") -> dict:
+    """Figures of the review files as a table, out/report.json and out/report.html; what nobody could read
+    goes to out/unread.jsonl. review_B_A beside review_A_B, or in swapped/, is the pair in the other order."""
     unread = out / "unread.jsonl"
     noted = read_lines(unread, "review_id", "reviews") if unread.exists() and unread.stat().st_size else []
     by_hand = {r["review_id"]: two_scores(r["score"]) for r in noted if r.get("score") is not None}
     if bad := [i for i, score in by_hand.items() if score is None]:
-        raise Problem(f"{unread}: the score of review {listing(bad)} must be two numbers from 0 to 10, or null")
+        raise Problem(f"{unread}: the score of review {listing(bad)} must be two numbers, 0 to 10, or null")
     games = {f: read_games(f, by_hand) for f in files}
-    listed = [dict(review_id=g.review_id, file=f.name, question_id=i, text=g.text, score=by_hand.get(g.review_id))
+    listed = [dict(review_id=g.review_id, file=f.name, question_id=i, text=g.text,
+                   score=by_hand.get(g.review_id))
               for f in files for i, g in games[f].items() if g.winner is None or g.review_id in by_hand]
     here = {r["review_id"] for r in listed}
     listed += [r for r in noted if r["review_id"] in by_hand.keys() - here]  # read by hand, for another judge
@@ -692,12 +704,14 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
     found = []
     for (place, a, b), both in pairs.items():
         found.append(compare(a, b, both[0], both[1] if len(both) == 2 else None, categories, by_id, votes))
-        twice = sum(key[1:] == (a, b) for key in pairs) > 1  # the published folders have pairs of the same names
+        twice = sum(key[1:] == (a, b) for key in pairs) > 1  # published folders have pairs of equal names
         found[-1]["title"] = f"{a} : {b}" + (f" ({place.name})" if twice else "")
     figures = dict(
-        judge=judge, questions=len(questions), pairs=found, biases=biases([r for p in found for r in p["rows"]]),
-        unread=sum(g.winner is None for game in games.values() for g in game.values()),
-        doubts=[f"{p['title']}, question {r['id']}: {r['doubt']}" for p in found for r in p["rows"] if r["doubt"]])
+        judge=judge, questions=len(questions), pairs=found,
+        biases=biases([r for p in found for r in p["rows"]]),
+        unread=sum(g.winner is None for some in games.values() for g in some.values()),
+        doubts=[f"{p['title']}, question {r['id']}: {r['doubt']}"
+                for p in found for r in p["rows"] if r["doubt"]])
     print_report(figures, unread)
     asked = {q.id: dict(turns=q.turns, reference=in_turns(q.reference) if any(q.reference) else "")
              for q in questions}
@@ -727,14 +741,15 @@ def percent(figure: Optional[dict]) -> str:
 
 def print_report(figures: dict, unread: Path) -> None:
     pairs, b = figures["pairs"], figures["biases"]
-    print(f"\n{'first : second':<26}{'totals':>15}{'second in % of first':>22}{'second wins':>13}{'ties':>6}"
+    width = max(20, *(len(p["title"]) + 2 for p in pairs))
+    print(f"\n{'first : second':<{width}}{'totals':>15}{'second in % of first':>22}{'second wins':>13}{'ties':>6}"
           f"{'loses':>7}{'preferred, % of decided':>25}")
     for p in pairs:
         if p["n"]:
-            print(f"{p['title']:<26}{p['totals'][0]:>7.1f} {p['totals'][1]:>7.1f}{percent(p['percent']):>22}"
+            print(f"{p['title']:<{width}}{p['totals'][0]:>7.1f} {p['totals'][1]:>7.1f}{percent(p['percent']):>22}"
                   f"{p['wins']:>13}{p['ties']:>6}{p['losses']:>7}{percent(p['preferred']):>25}")
         else:
-            print(f"{p['title']:<26} no review could be read: nothing is claimed about these two")
+            print(f"{p['title']:<{width}} no review could be read: nothing is claimed about these two")
     print("[ ]: 95 % interval, questions drawn again 2000 times\n")
     for side, what in (("a", "first : second"), ("b", "totals by category")):
         print(f"{what:<20}" + "".join(f"{p[side]:>14.13}" for p in pairs))
@@ -744,29 +759,29 @@ def print_report(figures: dict, unread: Path) -> None:
     print()
     for p in pairs:
         if p["left_out"]:
-            print(f"left out of {p['title']}: question {listing(p['left_out'])} (no readable review in every order)")
+            print(f"left out of {p['title']}: question {listing(p['left_out'])} (no readable review)")
     if figures["unread"]:
-        print(f"{figures['unread']} reviews could not be read: write their scores into {unread} and run this again")
+        print(f"{figures['unread']} reviews could not be read: write their scores into {unread}, run again")
     for doubt in figures["doubts"]:
         print(f"stored score against text: {doubt}")
     if b["consistent"]:
-        print(f"position: the judge agrees with itself on {percent(b['consistent'])} % when the order is swapped; "
-              f"{percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who stands second"
-              + found_bias(b["position"], "first", "second"))
+        print(f"position: the judge agrees with itself on {percent(b['consistent'])} % when the order is "
+              f"swapped; {percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who stands "
+              "second" + found_bias(b["position"], "first", "second"))
     else:
         print("position: not measured, each pair was judged in one order only")
     if b["longer_wins"]:
         print(f"length: the longer answer wins {percent(b['longer_wins'])} % of what is decided")
     if b["length"]:
-        print(f"length: of two equally right answers, the longer wins {percent(b['length'])} % more often than the "
-              "shorter" + found_bias(b["length"], "the longer", "the shorter"))
+        print(f"length: of two equally right answers, the longer wins {percent(b['length'])} % more often "
+              "than the shorter" + found_bias(b["length"], "the longer", "the shorter"))
     for name, what in (("truth", "judge and truth"), ("people", "judge and people"),
                        ("people_people", "people among themselves"), ("people_truth", "people and truth")):
         a, said = b[name], "not measured"
         if a:
             said = f"{100 * a['all']:.0f} % of {a['n']} (chance 33)"
         if a and a["n_decided"]:
-            said += f", {100 * a['decided']:.0f} % of the {a['n_decided']} that neither calls a tie (chance 50)"
+            said += f", {100 * a['decided']:.0f} % of the {a['n_decided']} that neither ties (chance 50)"
         print(f"agreement of {what}: {said}")
 
 
@@ -778,7 +793,7 @@ def found_bias(figure: dict, up: str, down: str) -> str:
 
 @dataclass
 class ReportConfig:
-    folder: str  # review files (review_A_B.jsonl) in it or below; question.jsonl and answer/ in it or above. Or one file
+    folder: str  # or file: review_A_B.jsonl in it or below, question.jsonl and answer/ in it or above
     out: str = ""  # where the report goes; the same folder when not given
     questions: str = ""  # file of questions, for the categories; question.jsonl when not given
 
@@ -795,8 +810,8 @@ def report_files(cfg: ReportConfig) -> dict:
     questions = load_questions(cfg.questions or own) if cfg.questions or own else []
     if not questions:
         print(f"no question.jsonl in {folder} or above: categories are unknown (--questions)")
-    answers = [r for d in near for f in sorted((d / "answer").glob("*.jsonl")) if not f.name.endswith(".old.jsonl")
-               for r in read_lines(f, "question_id", "answers")]
+    answers = [r for d in near for f in sorted((d / "answer").glob("*.jsonl"))
+               if not f.name.endswith(".old.jsonl") for r in read_lines(f, "question_id", "answers")]
     out = Path(cfg.out or (folder if folder.is_dir() else folder.parent))
     out.mkdir(parents=True, exist_ok=True)
     return report(files, out, questions, answers)
@@ -818,9 +833,9 @@ def main(cfg: JudgeConfig) -> dict:
         raise Problem(f"--model and --baseline are the same, {model}")
     for spec in (*specs, cfg.judge):
         if spec in TOYS and cfg.questions != "toy":
-            raise Problem(f"{spec} knows the toy world only; for your own questions give --players and --judge")
+            raise Problem(f"{spec} knows the toy world only: give --players and --judge to your questions")
     settings = [cfg.temperature, cfg.max_new_tokens or (64 if cfg.questions == "toy" else 1024)]
-    judge = teacher(cfg.judge, per_minute=cfg.per_minute)  # before the answers: a missing key is found at once
+    judge = teacher(cfg.judge, per_minute=cfg.per_minute)  # now: a missing key is found at once
     write_lines(out / "question.jsonl", [
         dict(question_id=q.id, category=q.category, turns=q.turns, text=q.turns[-1], reference=q.reference,
              image=q.image) for q in questions])
@@ -842,16 +857,18 @@ def main(cfg: JudgeConfig) -> dict:
     pairs += [(baseline, name) for name in names if name not in (baseline, model)]
     games = [(out / "review" / f"review_{a}_{b}.jsonl", answers[a], answers[b]) for a, b in pairs]
     if cfg.swap:
-        games += [(out / "review" / "swapped" / f"review_{b}_{a}.jsonl", answers[b], answers[a]) for a, b in pairs]
+        games += [(out / "review" / "swapped" / f"review_{b}_{a}.jsonl", answers[b], answers[a])
+                  for a, b in pairs]
     review(judge, games, questions, cfg)
     everything = [r for some in answers.values() for r in some]
     return report([path for path, _, _ in games], out, questions, everything, judge.name)
 
 
 def name_players(specs: list[str]) -> list[str]:
-    """Short names for tables and files: the end of a path, the model of a server; the whole where two are equal."""
+    """Short names for tables and files: the end of a path, the model of a server; all where two are equal."""
     short = [s.split("@http")[0] if "@http" in s else Path(s).stem.removeprefix("answer_") for s in specs]
-    names = [re.sub(r"[^\w.-]+|_", "-", n if short.count(n) == 1 else s).strip("-") for n, s in zip(short, specs)]
+    long = [n if short.count(n) == 1 else s for n, s in zip(short, specs)]
+    names = [re.sub(r"[^\w.-]+|_", "-", name).strip("-") for name in long]
     if len(set(names)) < max(2, len(names)):
         raise Problem(f"--players={','.join(specs)}: two or more different players are needed")
     for spec in specs:

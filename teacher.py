@@ -1,15 +1,15 @@
 """A stronger model as a function: conversations in, replies out, whoever it is that answers.
 
-    ask = teacher("out/vicuna")                              # a checkpoint folder
-    ask = teacher("gpt-4@https://api.openai.com/v1")         # an OpenAI-compatible server; key in OPENAI_API_KEY
-    ask = teacher("llama@http://localhost:8080/v1")          # one of your own needs no key
-    ask = teacher("oracle")                                  # the toy world's, which knows every true answer
+    ask = teacher("out/vicuna")                          # a checkpoint folder
+    ask = teacher("gpt-4@https://api.openai.com/v1")     # an OpenAI-compatible server; key in OPENAI_API_KEY
+    ask = teacher("llama@http://localhost:8080/v1")      # one of your own needs no key
+    ask = teacher("oracle")                              # the toy world's, which knows every true answer
     replies = ask([Conversation([Turn("user", "Who are you?")])])
 
     python teacher.py out/vicuna "Who are you?"              # try one
 
-`ask(conversations, keep)` calls keep(i, reply) the moment reply i is there, so that what was paid for can be written
-down at once. A reply that could not be had is None, and `ask.why` says why.
+`ask(conversations, keep)` calls keep(i, reply) the moment reply i is there, so that what was paid for can be
+written down at once. A reply that could not be had is None, and `ask.why` says why.
 """
 
 import email.utils
@@ -45,6 +45,7 @@ class Reply(NamedTuple):
 
 
 Keep = Callable[[int, Reply], None]
+Asked = Sequence[data.Conversation]
 
 
 def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, **server):
@@ -56,7 +57,7 @@ def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, **s
     return Checkpoint(spec, temperature, max_new_tokens)
 
 
-def refuse_pictures(name: str, conversations: Sequence[data.Conversation]) -> None:
+def refuse_pictures(name: str, conversations: Asked) -> None:
     if any(c.extra.get("image") for c in conversations):
         raise Problem(f"{name} cannot see, and there are questions about pictures")
 
@@ -66,13 +67,13 @@ def refuse_pictures(name: str, conversations: Sequence[data.Conversation]) -> No
 class Server:
     """Any server that speaks OpenAI's /chat/completions. Several requests are under way at once.
 
-    What passes (429, 5xx, a time-out, a broken connection, garbage) is tried again, later and later, or when the
-    server's Retry-After says so. `per_minute` requests at most are begun, 0: no limit. After three requests in a row
-    without an answer it stops: Problem.
+    What passes (429, 5xx, a time-out, a broken connection, garbage) is tried again, later and later, or
+    when the server's Retry-After says so. `per_minute` requests at most are begun, 0: no limit. After three
+    requests in a row without an answer it stops: Problem.
     """
 
-    def __init__(self, spec: str, temperature: float, max_new_tokens: int, workers: int = 4, per_minute: float = 0.0,
-                 tries: int = 6, timeout: float = 120.0, pause: float = 1.0):
+    def __init__(self, spec: str, temperature: float, max_new_tokens: int, workers: int = 4,
+                 per_minute: float = 0.0, tries: int = 6, timeout: float = 120.0, pause: float = 1.0):
         self.model, url = re.fullmatch(r"(?:(.+)@)?(https?://.+)", spec).groups()
         self.url, place = url.rstrip("/") + "/chat/completions", urlsplit(url)
         self.name = f"{self.model or 'default'}@{place.hostname}"
@@ -86,7 +87,7 @@ class Server:
         self.why = ""
         self.lock, self.stopped = threading.Lock(), threading.Event()
 
-    def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
+    def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         refuse_pictures(self.name, conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
         failed = 0  # requests in a row
@@ -118,7 +119,8 @@ class Server:
             self.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
         if failed >= 3:
-            raise Problem(f"{self.why}; three requests in a row. What was answered is kept: the same command goes on")
+            raise Problem(f"{self.why}; three requests in a row. What was answered is kept: the same command "
+                          "goes on")
         return replies
 
     def _ask(self, conversation: data.Conversation) -> Reply:
@@ -153,7 +155,8 @@ class Server:
                         self.next_start = max(self.next_start, time.monotonic() + after)
                 else:
                     self.stopped.wait(min(60.0, self.pause * 2 ** attempt) * random.uniform(0.5, 1.5))
-        raise Problem(self._without_key(f"{self.name} did not answer in {self.tries} tries, the last time: {why}"))
+        why = f"{self.name} did not answer in {self.tries} tries, the last time: {why}"
+        raise Problem(self._without_key(why))
 
     def _wait_for_turn(self) -> None:
         while not self.stopped.is_set():
@@ -209,7 +212,7 @@ class Checkpoint:
             checksum = zlib.crc32(repr([part.CRC for part in z.infolist()]).encode())
         self.name = f"{(step.parent if step.name.startswith('step-') else step).name}:{checksum:08x}"
 
-    def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
+    def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         refuse_pictures(self.name, conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
         plain, limit, fits = self.template == "plain", self.net.config.max_seq_len, []
@@ -225,8 +228,9 @@ class Checkpoint:
         order = [i for _, i in sorted(fits)]
         for at in range(0, len(order), self.batch):
             group = order[at:at + self.batch]
-            texts, ended = data.chat(self.net, self.tokenizer, self.template, [conversations[i] for i in group],
-                                     self.max_new_tokens, self.batch, temperature=self.temperature)
+            texts, ended = data.chat(self.net, self.tokenizer, self.template,
+                                     [conversations[i] for i in group], self.max_new_tokens, self.batch,
+                                     temperature=self.temperature)
             for i, text, end in zip(group, texts, ended):
                 replies[i] = Reply(text.strip().split("\n")[0] if plain else text, end)
                 if keep:
@@ -250,7 +254,7 @@ class Oracle:
     def __init__(self, kind: str):
         self.name, self.why = kind, ""
 
-    def __call__(self, conversations: Sequence[data.Conversation], keep: Optional[Keep] = None) -> list[Optional[Reply]]:
+    def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         replies = []
         for i, c in enumerate(conversations):
             question = c.extra.get("question")
@@ -258,7 +262,8 @@ class Oracle:
                 reference, caption = (toy.found("objects", text) for text in c.extra["covers"])
                 text = "Yes." if reference <= caption else "No."
             elif question is None:
-                raise Problem(f"{self.name} knows the toy world only; for your own questions give a checkpoint or MODEL@URL")
+                raise Problem(f"{self.name} knows the toy world only; for anything else take a checkpoint or "
+                              "MODEL@URL")
             else:
                 text = self._review(c, question) if "answers" in c.extra else self._answer(question)
             replies.append(Reply(text, True))
@@ -284,7 +289,8 @@ class Oracle:
         length = [len(a.split()) for a in answers]
         if self.name == "first" or self.name == "longer" and length[0] != length[1]:
             favoured = 0 if self.name == "first" or length[0] > length[1] else 1
-            scores[favoured], scores[1 - favoured] = min(10, scores[favoured] + 2), max(1, scores[1 - favoured] - 2)
+            scores[favoured] = min(10, scores[favoured] + 2)
+            scores[1 - favoured] = max(1, scores[1 - favoured] - 2)
         verdict = ["wrong" if r == 0 else "right" if r == 1 else f"{100 * r:.0f}% right" for r in right]
         said = f"Assistant 1 is {verdict[0]}, Assistant 2 is {verdict[1]}. The true answer: {question.full}"
         if "tuple" in conversation.turns[-1].text:  # the prompt for mathematics wants the scores at the end

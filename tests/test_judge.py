@@ -426,7 +426,7 @@ def test_published_reviews_without_their_scores_and_with_scores_read_by_hand(tmp
     assert [r["score"] for r in lines(table / "unread.jsonl")] == [[9, 8], None]
     unread[0]["score"] = [99, 8]
     write(table / "unread.jsonl", unread)
-    with pytest.raises(Problem, match="score of review gpt355 must be two numbers from 0 to 10"):
+    with pytest.raises(Problem, match="score of review gpt355 must be two numbers, 0 to 10"):
         judge.report_files(judge.ReportConfig(str(table)))
 
 
