@@ -9,8 +9,9 @@
 
 Everything is kept in --out as it comes, in the published formats: the same command goes on where it stopped.
 A review whose scores cannot be read goes to unread.jsonl: write them in there, and run the command again.
-References: Vicuna's blog (March 2023) for questions, prompts and totals; 2306.05685 for both orders, reference
-answers, biases and agreement; MiniGPT-4 (2304.10592), CHAIR (1809.02156) and POPE (2305.10355) for captions.
+References: Vicuna's blog (March 2023) for questions, prompts and totals; 2306.05685 for both orders,
+reference answers, biases and agreement; for captions MiniGPT-4 (2304.10592), CHAIR (1809.02156) and
+POPE (2305.10355).
 """
 
 import getpass
@@ -587,7 +588,7 @@ def agreement(votes: Iterable[tuple[int, int]]) -> Optional[dict]:
 
 def biases(rows: list[dict]) -> dict:
     """Of the judge, over all pairs. Position: both orders taken together, who stands first wins more often
-    than who stands second. Length: of two equally right answers, the longer wins more often than the shorter."""
+    than who stands second. Length: of two equally right answers, the longer wins more often."""
     both = [r for r in rows if r["swapped"]]
     unequal = [r for r in rows if r["longer"]]
     equally_right = [r for r in unequal if r["swapped"] and r["truth"] == 0]
@@ -742,12 +743,13 @@ def percent(figure: Optional[dict]) -> str:
 def print_report(figures: dict, unread: Path) -> None:
     pairs, b = figures["pairs"], figures["biases"]
     width = max(20, *(len(p["title"]) + 2 for p in pairs))
-    print(f"\n{'first : second':<{width}}{'totals':>15}{'second in % of first':>22}{'second wins':>13}{'ties':>6}"
-          f"{'loses':>7}{'preferred, % of decided':>25}")
+    print(f"\n{'first : second':<{width}}{'totals':>15}{'second in % of first':>22}{'second wins':>13}"
+          f"{'ties':>6}{'loses':>7}{'preferred, % of decided':>25}")
     for p in pairs:
         if p["n"]:
-            print(f"{p['title']:<{width}}{p['totals'][0]:>7.1f} {p['totals'][1]:>7.1f}{percent(p['percent']):>22}"
-                  f"{p['wins']:>13}{p['ties']:>6}{p['losses']:>7}{percent(p['preferred']):>25}")
+            print(f"{p['title']:<{width}}{p['totals'][0]:>7.1f} {p['totals'][1]:>7.1f}"
+                  f"{percent(p['percent']):>22}{p['wins']:>13}{p['ties']:>6}{p['losses']:>7}"
+                  f"{percent(p['preferred']):>25}")
         else:
             print(f"{p['title']:<{width}} no review could be read: nothing is claimed about these two")
     print("[ ]: 95 % interval, questions drawn again 2000 times\n")
@@ -766,8 +768,8 @@ def print_report(figures: dict, unread: Path) -> None:
         print(f"stored score against text: {doubt}")
     if b["consistent"]:
         print(f"position: the judge agrees with itself on {percent(b['consistent'])} % when the order is "
-              f"swapped; {percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who stands "
-              "second" + found_bias(b["position"], "first", "second"))
+              f"swapped; {percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who "
+              "stands second" + found_bias(b["position"], "first", "second"))
     else:
         print("position: not measured, each pair was judged in one order only")
     if b["longer_wins"]:
@@ -801,7 +803,8 @@ class ReportConfig:
 def report_files(cfg: ReportConfig) -> dict:
     folder, files = Path(cfg.folder), [Path(cfg.folder)]
     if not folder.is_file():
-        files = [f for f in folder.rglob("*review_*.jsonl") if not f.name.endswith(".old.jsonl")]
+        files = [f for f in folder.rglob("*review_*.jsonl")
+                 if f.is_file() and not f.name.endswith(".old.jsonl")]
         files.sort(key=lambda f: (len(f.parts), f))  # swapped/ after what it swaps
     if not files:
         raise Problem(f"no review_A_B.jsonl in {folder}")
@@ -848,6 +851,8 @@ def main(cfg: JudgeConfig) -> dict:
         else:
             player = teacher(spec, *settings, per_minute=cfg.per_minute)
             answers[name] = answer(player, questions, path, settings)
+            if isinstance(player, Server):
+                print(f"{name}: {player.read} tokens read, {player.written} written")
         empty = [r["question_id"] for r in answers[name] if not said_in(r)[-1].strip()]
         print(f"{name}: {len(questions)} answers"
               + (f"; empty ones, judged as they are: {listing(empty)}" if empty else ""))

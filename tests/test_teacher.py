@@ -1,6 +1,6 @@
-"""Tests of teacher.py: a server that misbehaves in every way, checkpoints, the oracle. The server runs in the test.
+"""Tests of teacher.py: a server that misbehaves in every way (it runs in the test), checkpoints, the oracle.
 
-    pytest tests/test_teacher.py
+pytest tests/test_teacher.py
 """
 
 import email.utils
@@ -28,7 +28,7 @@ MICRO = Path(__file__).parent / "micro"
 
 
 class FakeServer:
-    """Speaks OpenAI's chat format. `script` holds what to do with the next requests; then everything goes well."""
+    """Speaks OpenAI's chat format. `script` holds what to do with the next requests; then all goes well."""
 
     def __init__(self):
         self.script: list = []
@@ -46,9 +46,16 @@ class FakeServer:
                 if callable(do):
                     do = do(body)
                 time.sleep(do[1] if do and do[0] == "sleep" else fake.delay)
-                good = json.dumps(dict(choices=[dict(message=dict(role="assistant", content=fake.says(body)),
-                                                     finish_reason="stop")],
-                                       usage=dict(prompt_tokens=7, completion_tokens=3))).encode()
+                good = json.dumps(
+                    dict(
+                        choices=[
+                            dict(
+                                message=dict(role="assistant", content=fake.says(body)), finish_reason="stop"
+                            )
+                        ],
+                        usage=dict(prompt_tokens=7, completion_tokens=3),
+                    )
+                ).encode()
                 code, text, headers = 200, good, {}
                 if do and isinstance(do[0], int):
                     code, text, headers = (*do, {}, {})[:3] if len(do) > 2 else (do[0], do[1], {})
@@ -97,23 +104,48 @@ def asking(*texts, system=None):
 
 # -- a server ------------------------------------------------------------------------------------------------
 
+
 def test_what_is_sent_and_what_comes_back(fake):
     ask = client(fake, temperature=0.2, max_new_tokens=99)
-    chat = data.Conversation([data.Turn("user", "one"), data.Turn("assistant", "two"), data.Turn("user", "three", "with this")],
-                             system="Be brief.")
+    chat = data.Conversation(
+        [data.Turn("user", "one"), data.Turn("assistant", "two"), data.Turn("user", "three", "with this")],
+        system="Be brief.",
+    )
     assert ask([chat]) == [teacher.Reply("echo: three\nwith this", True, 7, 3)]
     headers, body = fake.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"
-    assert body == dict(model="gpt-4", temperature=0.2, max_tokens=99, messages=[
-        dict(role="system", content="Be brief."), dict(role="user", content="one"),
-        dict(role="assistant", content="two"), dict(role="user", content="three\nwith this")])
+    assert body == dict(
+        model="gpt-4",
+        temperature=0.2,
+        max_tokens=99,
+        messages=[
+            dict(role="system", content="Be brief."),
+            dict(role="user", content="one"),
+            dict(role="assistant", content="two"),
+            dict(role="user", content="three\nwith this"),
+        ],
+    )
     assert (ask.read, ask.written, ask.retries, ask.name) == (7, 3, 0, "gpt-4@127.0.0.1")
 
 
-@pytest.mark.parametrize("trouble", [
-    (429, "slow down"), (500, "oops"), (503, ""), (529, "overloaded"), ("half",), ("text", "<html>no json</html>"),
-    ("text", '{"error": "odd"}'), ("text", '{"choices": []}'), ("text", '{"choices": [{"message": null}]}'), ("text", "[]"),
-    ("text", '"choices"'), ("sleep", 0.6)], ids=str)
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (429, "slow down"),
+        (500, "oops"),
+        (503, ""),
+        (529, "overloaded"),
+        ("half",),
+        ("text", "<html>no json</html>"),
+        ("text", '{"error": "odd"}'),
+        ("text", '{"choices": []}'),
+        ("text", '{"choices": [{"message": null}]}'),
+        ("text", "[]"),
+        ("text", '"choices"'),
+        ("sleep", 0.6),
+    ],
+    ids=str,
+)
 def test_what_passes_is_tried_again(fake, trouble):
     fake.script = [trouble, trouble]
     ask = client(fake, timeout=0.2)
@@ -173,7 +205,13 @@ def test_one_bad_question_does_not_stop_the_others(fake):
     fake.script = [lambda body: (400, "too long") if "bad" in str(body) else None] * 6
     ask = client(fake, workers=1)
     assert [r and r.text for r in ask(asking("a", "bad", "c", "bad", "e", "f"))] == [
-        "echo: a", None, "echo: c", None, "echo: e", "echo: f"]
+        "echo: a",
+        None,
+        "echo: c",
+        None,
+        "echo: e",
+        "echo: f",
+    ]
     assert "too long" in ask.why
 
 
@@ -216,6 +254,7 @@ def test_pictures_are_refused_by_who_cannot_see(fake):
 
 # -- a checkpoint --------------------------------------------------------------------------------------------
 
+
 def test_a_checkpoint_answers_as_data_chat_does():
     ask = teacher.Checkpoint(str(MICRO), 0.0, 24, batch=2)
     chats, kept = asking("Who are you?", "How are you? Is there a red circle?", "What is 3 + 4?"), {}
@@ -231,8 +270,13 @@ def test_a_base_model_reads_plain_text_and_says_one_line(tmp_path):
     meta = json.loads((tmp_path / "base" / "meta.json").read_text())
     (tmp_path / "base" / "meta.json").write_text(json.dumps({**meta, "template": "plain"}))
     ask = teacher.teacher(str(tmp_path / "base"), max_new_tokens=30)
-    chat = data.Conversation([data.Turn("user", "There is a red circle."), data.Turn("assistant", "Yes."),
-                              data.Turn("user", "Where?")])
+    chat = data.Conversation(
+        [
+            data.Turn("user", "There is a red circle."),
+            data.Turn("assistant", "Yes."),
+            data.Turn("user", "Where?"),
+        ]
+    )
     joined = data.Conversation([data.Turn("user", "There is a red circle.\nYes.\nWhere?")])
     expected = data.chat(ask.net, ask.tokenizer, "plain", [joined], 30)[0][0].strip().split("\n")[0]
     assert ask([chat])[0].text == expected
@@ -263,15 +307,18 @@ ITEMS = toy.test_set("scenes", 120)
 
 def test_the_oracle_is_right_and_the_noisy_one_mostly():
     asked = [data.Conversation([], extra={"question": item.question}) for item in ITEMS]
-    right = lambda kind: [toy.grade(i.question, r.text) == 1 for i, r in zip(ITEMS, teacher.teacher(kind)(asked))]
+    right = lambda kind: [
+        toy.grade(i.question, r.text) == 1 for i, r in zip(ITEMS, teacher.teacher(kind)(asked))
+    ]
     assert all(right("oracle"))
     assert 0.6 < sum(right("noisy")) / len(ITEMS) < 0.9
     assert right("noisy") == right("noisy")
 
 
 def judged(kind: str, question: toy.Question, *answers: str, prompt: str = "rate") -> str:
-    return teacher.teacher(kind)([data.Conversation([data.Turn("user", prompt)],
-                                                    extra=dict(question=question, answers=answers))])[0].text
+    return teacher.teacher(kind)(
+        [data.Conversation([data.Turn("user", prompt)], extra=dict(question=question, answers=answers))]
+    )[0].text
 
 
 def test_the_oracle_rates_truth_and_its_crooked_brothers_something_else():
