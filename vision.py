@@ -3,14 +3,14 @@
     python vision.py                     # the published sizes, part by part
     python vision.py --image=photo.jpg   # what the model gets to see of a picture: seen.png
 
-References: [1] Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592); [2] Li et al. 2023, BLIP-2 (2301.12597): the Q-Former;
-[3] Fang et al. 2022, EVA (2211.07636): the ViT; [4] Dosovitskiy et al. 2020, An Image is Worth 16x16 Words
-(2010.11929).
+References: [1] Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592); [2] Li et al. 2023, BLIP-2: the Q-Former
+(2301.12597); [3] Fang et al. 2022, EVA: the ViT (2211.07636); [4] Dosovitskiy et al. 2020, An Image is Worth
+16x16 Words (2010.11929).
 
-Each module is the home of one published file: `ViT` of EVA's, with its keys; `QFormer` of BLIP-2's (queries, the
-layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4's. What is frozen has no dropout.
+Each module is the home of one published file: `ViT` of EVA's, with its keys; `QFormer` of BLIP-2's (queries,
+the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4's. Frozen parts have no dropout.
 
-Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T as in model.py.
+Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T: LLaMA's.
 """
 
 import math
@@ -86,7 +86,7 @@ def open_image(path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns from 89 million pixels on, and refuses twice that
             with Image.open(path) as image:
-                return to_rgb(ImageOps.exif_transpose(image))  # reads the pixels: a truncated file is found here
+                return to_rgb(ImageOps.exif_transpose(image))  # reads all pixels, up to where a file is cut
     except UnidentifiedImageError:
         raise Problem(f"{path} {not_a_picture(path)}") from None
     except Image.DecompressionBombError:
@@ -97,7 +97,7 @@ def open_image(path) -> Image.Image:
             raise Problem(f"{path} is damaged ({error})") from None
         hint = "; download it first" if "://" in str(path) else ""
         raise Problem(f"cannot open the picture {path}: {error.strerror}{hint}") from None
-    except (ValueError, SyntaxError, LookupError, EOFError, TypeError, OverflowError) as error:  # from broken files
+    except (ValueError, SyntaxError, LookupError, EOFError, TypeError, OverflowError) as error:  # damage
         raise Problem(f"{path} is damaged, or of a kind that Pillow cannot convert ({error})") from None
 
 
@@ -115,20 +115,20 @@ def not_a_picture(path) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow would clip them at 255
+    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow clips at 255
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
         white = 65535 if image.mode.startswith("I;16") else next(
             (w for w in (1, 255, 65535) if grey.max() <= w and (w > 1 or image.mode == "F")), grey.max())
         image = Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
     bands = image.getbands()
-    if "A" in bands or "a" in bands or "transparency" in image.info:  # convert("RGB") would show the hidden colour
+    if "A" in bands or "a" in bands or "transparency" in image.info:  # convert("RGB") shows hidden colours
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def preprocess(image: Union[Image.Image, np.ndarray], size: int) -> torch.Tensor:
-    """RGB, or uint8 (H, W, 3), to (3, size, size): squashed with Pillow's bicubic filter, then CLIP's normalisation."""
+    """RGB, or uint8 (H, W, 3), to (3, size, size): squashed by Pillow's bicubic filter, CLIP's scale."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -143,7 +143,7 @@ def load_image(path, size: int = 224) -> torch.Tensor:
 # -- ViT -----------------------------------------------------------------------------------------------------
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Everyone sees everyone: q (N, T, C), k and v (N, S, C) -> (N, T, C). By hand it stands in model.attention."""
+    """Everyone sees everyone: q (N, T, C), k and v (N, S, C) -> (N, T, C)."""
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (N, H, T or S, D)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -211,7 +211,8 @@ class ViT(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch_size) ** 2, config.dim))
+        patches = (config.image_size // config.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, config.dim))
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.n_layers - config.penultimate))
         self.init_weights()
 
@@ -227,15 +228,17 @@ class ViT(nn.Module):
                 init_linear(linear, 1 / math.sqrt(2 * (i + 1)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        height, width = pixels.shape[-2:]
-        if height % self.config.patch_size or width % self.config.patch_size:
-            raise Problem(f"a picture of {width} x {height} pixels cannot be cut into squares of {self.config.patch_size}")
+        (height, width), side = pixels.shape[-2:], self.config.patch_size
+        if height % side or width % side:
+            raise Problem(f"a picture of {width} x {height} pixels cannot be cut into squares of {side}")
         x = self.patch_embed(pixels.to(self.patch_embed.proj.weight.dtype))  # (N, P, C)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1).type_as(x), x), dim=1)  # (N, 1+P, C)
-        grid = height // self.config.patch_size, width // self.config.patch_size
-        x = x + resize_positions(self.pos_embed, *grid).type_as(x)
+        x = x + resize_positions(self.pos_embed, height // side, width // side).type_as(x)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
 
@@ -252,7 +255,7 @@ def resize_positions(positions: torch.Tensor, rows: int, columns: int) -> torch.
 # -- Q-Former ------------------------------------------------------------------------------------------------
 
 class QFormerAttention(nn.Module):
-    """BERT's attention with its residual and the norm *after* it; keys and values from `source`, of width source_dim."""
+    """BERT's attention, the norm *after* the residual; keys and values from `source`, of width source_dim."""
 
     def __init__(self, config: QFormerConfig, source_dim: int):
         super().__init__()
@@ -313,8 +316,8 @@ class QFormer(nn.Module):
 class MiniGPT4(nn.Module):
     """[1]: ViT, Q-Former and LLaMA frozen; `llama_proj`, one linear layer between them, is all that learns.
 
-    `images` is pixels (N, 3, h, w), or their `features` (N, Q, C) when the frozen half was computed before. A picture
-    fills Q image slots (token -1) of the text, in order; any number of pictures may stand in a row of the batch.
+    `images` is pixels (N, 3, h, w), or their `features` (N, Q, C) when the frozen half was computed before. A
+    picture fills Q image slots (token -1) of the text, in order; a row of the batch may hold any number.
     """
 
     def __init__(self, llama: model.LLaMA, vit: ViT, qformer: QFormer):
@@ -351,7 +354,8 @@ class MiniGPT4(nn.Module):
         """As of LLaMA: sum of -log p over supervised tokens, and their count."""
         return self.llama.nll(tokens, labels, self.encode(images) if images is not None else None, segments)
 
-    def generate(self, prompts, max_new_tokens: int, images: Optional[torch.Tensor] = None, **options) -> Iterator[list[int]]:
+    def generate(self, prompts, max_new_tokens: int, images: Optional[torch.Tensor] = None,
+                 **options) -> Iterator[list[int]]:
         """As of LLaMA; images in the order of the slots of all prompts."""
         with torch.inference_mode():
             vectors = self.encode(images) if images is not None else None
@@ -371,14 +375,15 @@ def main(cfg: VisionConfig) -> dict:
         pixels = load_image(cfg.image, cfg.size)
         array = ((pixels * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(array).save("seen.png")
-        print(f"{cfg.image} as {cfg.size} x {cfg.size} pixels: seen.png; normalised {pixels.min():.2f} to {pixels.max():.2f}")
+        print(f"{cfg.image} as {cfg.size} x {cfg.size} pixels is in seen.png")
         return dict(shape=tuple(pixels.shape))
     figures = {}
     for name, (vit, qformer) in PRESETS.items():
         with torch.device("meta"):  # shapes only: no memory
             parts = {"ViT": ViT(ViTConfig(**vit)), "Q-Former": QFormer(QFormerConfig(**qformer))}
             for llama in ("7B", "13B") if name != "toy" else ("toy",):
-                parts[f"projection to {llama}"] = nn.Linear(parts["Q-Former"].config.dim, model.PRESETS[llama]["dim"])
+                width = parts["Q-Former"].config.dim, model.PRESETS[llama]["dim"]
+                parts[f"projection to {llama}"] = nn.Linear(*width)
         print(name)
         for part, module in parts.items():
             figures[name, part] = sum(p.numel() for p in module.parameters())
