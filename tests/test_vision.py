@@ -4,7 +4,9 @@
     python tests/test_vision.py        # writes golden_vision.json anew (needs transformers)
 """
 
+import itertools
 import json
+import random
 import re
 import struct
 import sys
@@ -19,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config  # noqa: E402
 import model  # noqa: E402
+import toy  # noqa: E402
 import vision  # noqa: E402
 from test_model import close, hf_layout, hf_name  # noqa: E402
 
@@ -500,6 +503,68 @@ def test_script(tmp_path, monkeypatch, capsys):
     vision.main(vision.VisionConfig(image=str(save(tmp_path, Image.fromarray(picture()))), size=32))
     want = np.asarray(Image.fromarray(picture()).resize((32, 32), Image.Resampling.BICUBIC))
     assert (np.asarray(Image.open("seen.png")) == want).all()
+
+
+# -- toy pictures --------------------------------------------------------------------------------------------
+
+def one(size: str, color: str, shape: str, place: str = "middle") -> tuple:
+    return (toy.Object(size, color, shape, place),)
+
+
+@pytest.mark.parametrize("color", toy.COLORS)
+def test_colors_are_told_apart(color):
+    """The middle of every large square is nearer to its own colour than to any other."""
+    for seed in range(20):
+        seen = toy.draw(one("large", color, "square"), random.Random(seed), 64)[28:36, 28:36].mean((0, 1))
+        assert min(toy.RGB, key=lambda c: np.abs(seen - toy.RGB[c]).sum()) == color
+
+
+def test_shapes_places_and_sizes_are_told_apart():
+    """Covered pixels: in the right corner, more when large, and no two shapes cover nearly the same."""
+    covered = {}
+    for shape in toy.SHAPES:
+        pictures = [toy.draw(one("large", "white", shape), random.Random(seed), 96) for seed in range(30)]
+        covered[shape] = np.mean([p.astype(int).sum(-1) > 450 for p in pictures], axis=0)
+    for a, b in itertools.combinations(toy.SHAPES, 2):
+        either = np.maximum(covered[a], covered[b]).sum()
+        assert np.minimum(covered[a], covered[b]).sum() < 0.85 * either, f"{a} and {b} look alike"
+    for place, (x, y) in toy.CENTERS.items():
+        area = {}
+        for size in toy.SIZES:
+            rows, columns = np.nonzero(toy.draw(one(size, "white", "ring", place), random.Random(1), 96).min(-1) > 150)
+            assert abs(rows.mean() / 96 - y) < 0.05 and abs(columns.mean() / 96 - x) < 0.05
+            area[size] = len(rows)
+        assert 2 < area["large"] / area["small"] < 5
+
+
+def test_pictures_vary_and_repeat():
+    scene = toy.pick_scene(random.Random(0))
+    a, again, b = (toy.draw(scene, random.Random(seed)) for seed in (1, 1, 2))
+    assert a.shape == (48, 48, 3) and a.dtype == np.uint8
+    assert (a == again).all() and (a != b).mean() > 0.5
+
+
+def test_alt_text_never_names_a_held_out_pair():
+    """Not even where it is wrong about the picture; it has no end mark, and is wrong about some."""
+    rng, wrong = random.Random(0), 0
+    for _ in range(4000):
+        scene = toy.pick_scene(rng)
+        text = toy.alt_text(scene, rng)
+        assert not any(f"{color} {shape}" in text for color, shape in toy.HELD_PAIRS), text
+        assert not text.endswith(".")
+        wrong += any(c not in {o.color for o in scene} for c in toy.COLORS if re.search(rf"\b{c}\b", text))
+    assert 40 < wrong < 400
+
+
+def test_album(tmp_path):
+    """MiniGPT-4's own layout, and pictures that load back bit by bit."""
+    toy.main(toy.ToyConfig(split="pairs", count=3, album=str(tmp_path / "album")))
+    pictures = [toy.draw(toy.pick_scene(random.Random(i)), random.Random(i)) for i in range(2)]
+    toy.write_album(tmp_path / "album", pictures, ["one", "two"])
+    annotations = json.loads((tmp_path / "album" / "filter_cap.json").read_text())["annotations"]
+    assert annotations == [dict(image_id="0", caption="one"), dict(image_id="1", caption="two")]
+    for a, picture in zip(annotations, pictures):
+        assert (colors(tmp_path / "album" / "image" / f"{a['image_id']}.png") == picture).all()
 
 
 if __name__ == "__main__":
