@@ -91,7 +91,7 @@ MODEL = [
      "math.ceil(8 * self.dim / 3 / 256)", "(8 * self.dim // 3 // 256)",
      "test_published_sizes"),
     ("tied only in name",
-     "if config.tied:", "if False:",
+     "if self.config.tied:", "if False:",
      "test_save_and_load"),
 
     # attention
