@@ -64,12 +64,8 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
-        turns, room = self.turns, self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
-        while True:
-            tokens = data.render(data.Conversation(turns, system=self.system), self.template, self.tokenizer).tokens
-            if len(tokens) < room or len(turns) < 3:
-                return tokens
-            turns = turns[2:]
+        room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
+        return data.prompt(data.Conversation(self.turns, system=self.system), self.template, self.tokenizer, room)
 
     def answer(self, text: str, retry: int = 0) -> Iterator[str]:
         """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
@@ -101,10 +97,13 @@ class Chat:
                 if i == self.tokenizer.eos:
                     break
                 text = self.tokenizer.decode(ids, data.get_template(self.template).glued)
+                text, ended = data.said(text, self.template, complete=False)
                 if text.endswith("\ufffd"):  # a character whose last bytes are still to come
                     continue
                 yield text, text[len(said):]
                 said = text
+                if ended:  # an end that is text: ### of Vicuna v0
+                    break
         finally:
             self.read = (prompt + ids)[:self.cache.length]
             seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -485,24 +485,18 @@ def adopt(parent: str, tokenizer: data.Tokenizer, machine: Machine) -> model.LLa
     return net
 
 
-def digest(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
 def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTConfig) -> data.Rows:
-    report = Counter()
-    conversations = data.load_conversations(path, report)
-    examples = [data.render(c, template, tokenizer) for c in
-                tqdm(conversations, desc=f"tokenising {Path(path).name}", leave=False, disable=len(conversations) < 5000)]
+    report = data.Report()
+    examples = data.tokenise(path, template, tokenizer, report)
     rows = data.pack(examples, cfg.seq_len, cfg.seed, pad=tokenizer.eos)
-    long = sum(len(e.tokens) > cfg.seq_len for e in examples)
-    learned = sum(label != data.IGNORE for e in examples for label in e.labels)
-    total = sum(len(e.tokens) for e in examples)
-    print(f"{path}: {len(conversations)} conversations, {total} tokens, {learned} learned ({100 * learned / total:.0f}%), "
-          f"{100 * total / rows.tokens.size if not long else 100:.0f}% of the rows filled"
-          + (f"; {long} longer than {cfg.seq_len} tokens were cut (--seq_len)" if long else "")
-          + "".join(f"; {reason}: {n}" for reason, n in report.items()))
-    if not learned:
+    lengths = np.diff(examples.ends, prepend=0)
+    long = int((lengths > cfg.seq_len).sum())
+    total, learned = len(examples.tokens), int(examples.learned.sum())
+    print(f"{path}: {len(examples)} conversations, {total} tokens, {learned} learned ({100 * learned / total:.0f}%), "
+          f"{100 * np.minimum(lengths, cfg.seq_len).sum() / rows.tokens.size:.0f}% of the rows filled"
+          + (f"; {long} longer than {cfg.seq_len} tokens were cut (--seq_len, or python data.py split)" if long else "")
+          + str(report))
+    if not (rows.labels != data.IGNORE).any():
         raise Problem(f"{path}: nothing to learn in it: no reply fits into --seq_len={cfg.seq_len} tokens")
     return rows
 
@@ -530,15 +524,16 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
     Plain text is one stream. JSON lines with a "text" each are documents: several share a row without seeing each
     other, each between <s> and </s>.
     """
-    records = data.read_records(path)
-    if records is None:
+    plain = data.kind_of(path) == "text"
+    if plain:
         text = data.read_text(path)
         cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
         learn, held = [text[:cut]], [text[cut:]]
     else:
-        texts = [r["text"] for r in records if isinstance(r.get("text"), str) and r["text"].strip()]
-        if len(texts) < len(records):
-            print(f"{path}: {len(records) - len(texts)} records without text are left out")
+        found = [r.get("text") if isinstance(r, dict) else None for r in data.read_records(path)]
+        texts = [t for t in found if isinstance(t, str) and t.strip()]
+        if len(texts) < len(found):
+            print(f"{path}: {len(found) - len(texts)} records without text are left out")
         cut = len(texts) * 9 // 10
         learn, held = texts[:cut], texts[cut:]
     if tokenizer is None:
@@ -547,7 +542,7 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
             data.train_tokenizer(learn[:10000], cfg.vocab_size, trained)
         machine.wait()
         tokenizer = data.Tokenizer(trained)
-    if records is None:
+    if plain:
         ids = data.encode_text(learn[0], tokenizer)
         rows = data.TextRows(ids, cfg.seq_len, tokenizer.bos, cfg.seed)
         held_rows = data.windows(data.encode_text(held[0], tokenizer), cfg.seq_len, tokenizer.bos)
@@ -563,7 +558,7 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
         cfg = replace(cfg, steps=max(1, round(cfg.epochs * len(rows) / cfg.batch_size)))
     print(f"{path}: {characters} characters, {tokens} tokens to learn from, {tokenizer.vocab_size} pieces "
           f"({characters / max(1, tokens):.2f} characters per token)")
-    net = run_stage(cfg, name, machine, rows, tokenizer, "plain", digest(path), shape=model.PRESETS[cfg.preset])
+    net = run_stage(cfg, name, machine, rows, tokenizer, "plain", data.digest(path), shape=model.PRESETS[cfg.preset])
     loss = validate(net, held_rows, machine)
     count = int((held_rows.labels[:, 1:] != data.IGNORE).sum())
     print(f"{name}: validation loss {loss / count:.3f} nats per token, {loss / held_characters:.3f} per character, over "
@@ -583,7 +578,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
     rows = conversation_rows(path, template, tokenizer, cfg)
     if not cfg.steps:  # small files need more than a few passes to move a toy model at all
         cfg = replace(cfg, steps=max(200 if cfg.preset == "toy" else 1, round(cfg.epochs * len(rows) / cfg.batch_size)))
-    return run_stage(cfg, name, machine, rows, tokenizer, template, digest(path), parent, shape)
+    return run_stage(cfg, name, machine, rows, tokenizer, template, data.digest(path), parent, shape)
 
 
 # -- your own file -------------------------------------------------------------------------------------------
@@ -591,7 +586,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
 def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     """--data alone: what the file is decides what happens, and the choice is printed."""
     name, base = Path(cfg.data).stem.split(".")[0], Path(cfg.out) / "base"
-    kind = data.kind_of(data.read_records(cfg.data), cfg.data)
+    kind = data.kind_of(cfg.data)
     if kind == "text":
         if cfg.stage == "sft":
             raise Problem(f"{cfg.data} is plain text; --stage=sft needs conversations (ShareGPT or Alpaca format)")
@@ -607,10 +602,9 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
         print(f"{cfg.data} is {kind}: fine-tuning {cfg.init}, template {template}")
         fine_tune(cfg, name, machine, cfg.data, cfg.init)
         return dict(folder=str(Path(cfg.out) / name))
-    conversations = data.load_conversations(cfg.data)
-    texts = [t.text for c in conversations for t in c.turns]
+    texts = lambda: (t.text for c in data.stream_conversations(cfg.data, data.Report()) for t in c.turns)
     if (base / "latest").exists():
-        tokenizer, sample = data.find_tokenizer(str(base)), "\n".join(texts[:200])
+        tokenizer, sample = data.find_tokenizer(str(base)), "\n".join(itertools.islice(texts(), 200))
         density = len(sample) / len(tokenizer.encode(sample))
         if density > 1.5:
             print(f"{cfg.data} is {kind}: fine-tuning {base} (its tokenizer gives {density:.1f} characters per token), "
@@ -625,7 +619,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     text = Path(cfg.out) / "data" / f"{name}.txt"
     if machine.rank == 0:
         text.parent.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n\n".join(texts))
+        text.write_text("\n\n".join(texts()))
     machine.wait()
     pretrain(replace(cfg, learning_rate=0.0, steps=cfg.steps or 400), name + "-base", machine, text)
     fine_tune(cfg, name, machine, cfg.data, str(Path(cfg.out) / (name + "-base")))
@@ -661,7 +655,7 @@ def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, sho
         for item in items:
             turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
             if template == "plain":
-                turns = [data.Turn("user", shots + "\n".join(t.text for t in turns))]
+                turns = [data.Turn("user", shots + "\n".join(t.text for t in turns) + "\n")]
             conversations.append(data.Conversation(turns))
         replies, ended = data.chat(net, tokenizer, template, conversations, max_new_tokens=64, batch=150)
         return [r.strip().split("\n")[0] for r in replies] if template == "plain" else replies, ended
