@@ -386,7 +386,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
         raise Problem(f"--lora_rank={cfg.lora_rank} adapts a trained model: give --init=FOLDER")
     settings = {key: getattr(cfg, key) for key in SETTINGS}
     settings.update(template=template, data=source, parent=parent and str(model.find(parent)), shape=shape,
-                    tokenizer=digest(tokenizer.path))
+                    tokenizer=data.digest(tokenizer.path))
     meta = dict(stage=name, template=template, parent=settings["parent"], settings=settings, processes=machine.world)
     found = newest_whole(folder, settings, machine) if cfg.resume == "auto" else None
     if found and found.optimizer is None:
