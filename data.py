@@ -241,12 +241,15 @@ def stretches(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`."""
+    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`, those with a
+    picture last: later questions are about it."""
     while True:
         tokens = render(conversation, template, tokenizer).tokens
         if len(tokens) < room or len(conversation.turns) < 3:
             return tokens
-        conversation = replace(conversation, turns=conversation.turns[2:])
+        turns = conversation.turns
+        at = next((i for i in range(0, len(turns) - 2, 2) if not turns[i].slots), 0)
+        conversation = replace(conversation, turns=turns[:at] + turns[at + 2:])
 
 
 def said(text: str, template: str, complete: bool = True) -> tuple[str, bool]:

@@ -67,7 +67,7 @@ class VLMConfig:
 # Numbers of a stage: what SFTConfig takes, and how many pictures there are to learn from.
 RECIPES = {
     "toy": {
-        "0": dict(steps=900, batch_size=64, learning_rate=2e-3, warmup=0.05, weight_decay=0.05),
+        "0": dict(steps=400, batch_size=64, learning_rate=1e-3, min_lr=0.05, weight_decay=0.05),
         "1": dict(steps=450, batch_size=32, learning_rate=3e-3, seq_len=64, weight_decay=0.05),
         "2": dict(steps=200, batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)},
     "published": {  # the originals' configuration files; there, no gradient is clipped
@@ -141,7 +141,7 @@ def load_album(folder, report: Counter) -> list[Captioned]:
             album.append(Captioned(path, " ".join(mended.split(" "))))
     if missing:
         print(f"{folder}: {len(missing)} pictures are missing, such as {missing[0] or 'one without a name'}")
-    if not album:
+    if records and not album:
         raise Problem(f"{file}: none of {len(records)} annotations is usable ("
                       + "; ".join(f"{why}: {n}" for why, n in report.items() if n) + ")")
     return album
@@ -369,8 +369,6 @@ def curate(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, album
             if text:
                 kept.append((i, text))
     print("curation: " + "; ".join(f"{what}: {n}" for what, n in report.items()))
-    if not kept:
-        raise Problem("curation left nothing: train stage 1 for longer (--steps), on more pictures, or give --teacher")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1))
     notes = [dict(image=str(album[i].path.resolve()), caption=text, before=said[i]) for i, text in kept]
@@ -471,18 +469,23 @@ def align(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, beside:
     return train_sft.run_stage(sft, name, machine, rows, speech.tokenizer, speech.template, source, network=net, beside=beside)
 
 
-def finetune(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned],
-             name: str = "minigpt4", parent: str = "align"):
-    """Stage 2."""
-    sft = stage_config(cfg, "2")
-    rng = random.Random(cfg.seed)
+def finetune(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, beside: dict, folder: Path,
+             name: str = "minigpt4", parent: str = "align") -> Sequence[Captioned]:
+    """Stage 2, on the descriptions in `folder`. Left out, and said so, when these are fewer than one batch."""
+    sft, rng = stage_config(cfg, "2"), random.Random(cfg.seed)
+    album = load_album(folder, Counter())
+    if len(album) < sft.batch_size:
+        print(f"{name}: stage 2 is left out: {len(album)} descriptions in {folder} are fewer than one batch of "
+              f"{sft.batch_size}; train stage 1 for longer, on more pictures, or give --teacher")
+        return album
     examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, speech.template, speech.tokenizer, sft.seq_len)
                 for c in album]
     images = frozen_images(net, album, machine)
     rows = PictureRows(examples, sft.seq_len, speech.tokenizer.eos, cfg.seed, images)
     source = text_digest("\n".join(c.caption for c in album))
-    return train_sft.run_stage(sft, name, machine, rows, speech.tokenizer, speech.template, source,
-                               str(Path(cfg.out) / parent), network=net, beside=beside)
+    train_sft.run_stage(sft, name, machine, rows, speech.tokenizer, speech.template, source, str(Path(cfg.out) / parent),
+                        network=net, beside=beside)
+    return album
 
 
 # -- the toy chain, and what it must be compared with --------------------------------------------------------
@@ -572,24 +575,24 @@ def toy_chain(cfg: VLMConfig, machine, speech: Speech) -> dict:
     if cfg.stage == "curate":
         return dict(folder=str(out / "curated"))
     aligned = {k: v.clone() for k, v in net.llama_proj.state_dict().items()}
-    curated = load_album(out / "curated", Counter())
-    finetune(cfg, machine, speech, net, beside, curated)
-    return table(cfg, machine, speech, net.eval(), aligned, alt, curated, sizes["questions"])
+    finetune(cfg, machine, speech, net, beside, out / "curated")
+    return table(cfg, machine, speech, net.eval(), aligned, alt, sizes["questions"])
 
 
-def random_eyes(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, alt, curated) -> vision.MiniGPT4:
+def random_eyes(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, alt) -> vision.MiniGPT4:
     """Control: a frozen encoder that has learned nothing, and a linear layer trained as long as the other."""
     torch.manual_seed(cfg.seed + 1)
     blind = vision.MiniGPT4(speech.llama, vision.ViT(net.vit.config), vision.QFormer(net.qformer.config)).to(machine.device)
     beside = dict(llama=str(speech.folder), vision="random")
     align(cfg, machine, speech, blind, beside, alt, "random-align")
-    return finetune(cfg, machine, speech, blind, beside, curated, "random-minigpt4", "random-align").eval()
+    finetune(cfg, machine, speech, blind, beside, Path(cfg.out) / "curated", "random-minigpt4", "random-align")
+    return blind.eval()
 
 
-def table(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, aligned: dict, alt, curated, n: int) -> dict:
+def table(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, aligned: dict, alt, n: int) -> dict:
     """Captions and zero-shot questions on both held-out splits, beside the controls; failures and hallucinations."""
     tokenizer, template = speech.tokenizer, speech.template
-    blind = random_eyes(cfg, machine, speech, net, alt, curated)
+    blind = random_eyes(cfg, machine, speech, net, alt)
     final = net.llama_proj.state_dict()
     final = {k: v.clone() for k, v in final.items()}
     figures, said = {}, {}
@@ -709,7 +712,6 @@ def photo_chain(cfg: VLMConfig, machine, speech: Speech) -> dict:
         align(cfg, machine, speech, net, beside, learn)
     else:
         model.load(out / "align", network=net)
-    curated = learn
     if cfg.stage in ("all", "curate"):
         pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
         words, _ = caption_symbols(pool, 1)
@@ -718,10 +720,9 @@ def photo_chain(cfg: VLMConfig, machine, speech: Speech) -> dict:
         curate(net.eval(), speech.tokenizer, speech.template, pool, frozen_images(net, pool, machine),
                mender(cfg.teacher) if cfg.teacher else list, lambda i, text: words[i][0] in text.lower(), 1,
                out / "curated", cfg.review)
-        curated = load_album(out / "curated", report)
     if cfg.stage in ("1", "curate"):
         return dict(folder=str(out / "align"))
-    finetune(cfg, machine, speech, net, beside, curated)
+    finetune(cfg, machine, speech, net, beside, out / "curated" if cfg.stage == "all" else Path(cfg.images))
     return photo_table(cfg, machine, speech, net.eval(), learn, held)
 
 

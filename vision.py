@@ -37,7 +37,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 @dataclass
 class ViTConfig:
     image_size: int = 48  # pixels a side; pictures are squashed to this
-    patch_size: int = 8
+    patch_size: int = 12
     dim: int = 128
     n_layers: int = 4
     n_heads: int = 4
@@ -220,9 +220,10 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth."""
+        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. Only positions begin
+        louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for hundreds of steps."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.3)
         init_linear(self.patch_embed.proj)
         for i, block in enumerate(self.blocks):
             for linear in (block.attn.qkv, block.mlp.fc1):
