@@ -2,16 +2,17 @@
 
     python train_sft.py && python train_vlm.py     # toy pictures: all stages, then the table
     python train_vlm.py --fast                     # the same, too short to learn much
-    python train_vlm.py --images=FOLDER            # your pictures: image/ID.jpg and filter_cap.json, or captions.json
+    python train_vlm.py --images=FOLDER            # your pictures: image/ID.jpg and filter_cap.json
     python train_vlm.py minigpt4-7b --stage=2 --images=cc_sbu_align --init=out/vicuna-7b --vision=out/blip2
 
 Stages, each of them a folder under --out that is trained once and goes on where it was interrupted:
-  vision   (0) stands in for the published EVA and BLIP-2 weights: ViT and Q-Former learn to name what they see, by
-           symbols, in an order and in words that are not the captions'. Then both are frozen for good.
-  align    (1) the linear layer learns from short, noisy alt-text; nothing else does.
-  curated  the aligned model describes pictures, a teacher who does not see them repairs the text, truth prunes.
-  minigpt4 (2) the linear layer learns from the descriptions that are left, with the published instructions.
-References: Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592), sections 3.1 to 3.3; Li et al. 2023, BLIP-2 (2301.12597).
+  vision    0: stands in for the published EVA and BLIP-2 weights. ViT and Q-Former learn to name what they
+            see, by symbols, in an order and in words that are not the captions'. Then both are frozen.
+  align     1: the linear layer learns from short, noisy alt-text; nothing else does.
+  curated   the aligned model describes pictures, a teacher who does not see them repairs it, truth prunes.
+  minigpt4  2: the linear layer learns from the descriptions that are left, with the published instructions.
+References: Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592), sections 3.1 to 3.3; Li et al. 2023, BLIP-2
+(2301.12597).
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from typing import Callable, Literal, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -47,7 +48,7 @@ class VLMConfig:
     init: str = "out/vicuna"  # the language model
     vision: str = ""  # checkpoint of ViT and Q-Former; stage 0 trains one when not given
     out: str = "out"  # folder of the run
-    teacher: str = ""  # repairs descriptions: MODEL@URL or a checkpoint; the toy world's oracle when not given
+    teacher: str = ""  # repairs descriptions: MODEL@URL or a checkpoint; the toy oracle when not given
     review: bool = False  # accept, edit or drop every curated description yourself
     steps: int = 0  # of each stage; 0: the preset's
     batch_size: int = 0  # pictures in an optimizer step; 0: the preset's
@@ -59,9 +60,8 @@ class VLMConfig:
     device: str = "auto"  # cuda, mps or cpu
     seed: int = 0  # of everything
     save_minutes: float = 5.0  # between checkpoints
-    resume: Literal["auto", "never"] = "auto"  # auto: the same command goes on where it stopped; never: train it again
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where it stopped; never: train it again
     fast: bool = False  # toy: fewer steps
-    full: bool = False  # toy: minimal pairs too
 
 
 # Numbers of a stage: what SFTConfig takes, and how many pictures there are to learn from.
@@ -80,15 +80,15 @@ PRESETS = {"minigpt4-7b": dict(recipe="published", init="out/vicuna-7b", vision=
 TOY = dict(alt=4000, curate=400, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 
-# The four instructions of stage 2 and the request of the curation are the published ones: weights depend on them.
+# Instructions of stage 2 and the curation's request are the published ones: weights depend on them.
 INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
                 "Please provide a detailed description of the picture.",
                 "Could you describe the contents of this image for me?")
 REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you see.")
-REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat others, "
-          "meaningless characters and what is not English; complete or remove sentences that break off. Do not add "
-          "anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it unchanged. If nothing "
-          "can be saved, answer: INCOMPLETE")
+REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat "
+          "others, meaningless characters and what is not English; complete or remove sentences that break off. "
+          "Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it "
+          "unchanged. If nothing can be saved, answer: INCOMPLETE")
 
 
 # -- pictures with captions ----------------------------------------------------------------------------------
@@ -102,19 +102,21 @@ class Captioned(NamedTuple):
     caption: str
 
 
-FORBIDDEN = re.compile(r"###|</s>|</?Img>|<Image\w*>|[\x00-\x08\x0b-\x1f\x7f]")  # would end a reply or pose as a picture
+# what would end a reply, or pose as a picture
+FORBIDDEN = re.compile(r"###|</s>|</?Img>|<Image\w*>|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def load_album(folder, report: Counter) -> list[Captioned]:
-    """MiniGPT-4's layout (image/ID.jpg, filter_cap.json), or pictures beside a captions.json: [{"image_id" or "image" or
-    "file_name": ..., "caption": ...}, ...], {"annotations": [...]} or {"name.jpg": "caption", ...}.
+    """MiniGPT-4's layout (image/ID.jpg, filter_cap.json), or pictures beside a captions.json, which holds
+    [{"image_id" or "image" or "file_name": ..., "caption": ...}, ...] or {"name.jpg": "caption", ...}.
 
     What is left out or mended is counted in `report`; Problem when nothing is left.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise Problem(f"--images={folder} is no folder")
-    file = next((folder / n for n in ("filter_cap.json", "captions.json", "captions.jsonl") if (folder / n).exists()), None)
+    names = ("filter_cap.json", "captions.json", "captions.jsonl")
+    file = next((folder / name for name in names if (folder / name).exists()), None)
     if file is None:
         raise Problem(f"{folder} has no filter_cap.json or captions.json, which says what is in each picture")
     records = list(data.read_records(file))
@@ -152,8 +154,8 @@ def write_toy_album(folder: Path, split: str, n: int, seed: str, text: Callable)
     if not (folder / "scenes.json").exists():
         rng = random.Random(seed)
         scenes = [toy.pick_scene(rng, split) for _ in range(n)]
-        toy.write_album(folder, [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)],
-                        [text(s, rng) for s in scenes])
+        pictures = [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)]
+        toy.write_album(folder, pictures, [text(s, rng) for s in scenes])
         (folder / "scenes.json").write_text(json.dumps(scenes))
 
 
@@ -190,7 +192,8 @@ class Sight(torch.nn.Module):
         """6 per parameter and patch in the ViT, per parameter and query in the Q-Former."""
         patches = self.vit.pos_embed.shape[1]
         size = lambda part: sum(p.numel() for p in part.parameters())
-        return 6.0 * len(images) * (size(self.vit.blocks) * patches + size(self.qformer.layers) * labels.shape[1])
+        each = size(self.vit.blocks) * patches + size(self.qformer.layers) * labels.shape[1]
+        return 6.0 * each * len(images)
 
 
 NOTHING = "nothing"
@@ -198,10 +201,9 @@ SYMBOLS = [NOTHING, *toy.SHAPES, *toy.PLACES, *toy.COLORS, *toy.SIZES]
 
 
 def scene_symbols(scene: toy.Scene) -> list[str]:
-    """Four symbols for each place, the last place first: the reverse of the captions, and empty places have a voice."""
-    there = {o.place: o for o in scene}
-    return [symbol for place in reversed(toy.PLACES) for symbol in (
-        (there[place].shape, place, there[place].color, there[place].size) if place in there else (NOTHING,) * 4)]
+    """Four symbols for each place, empty ones too, the last place first: the reverse of captions."""
+    said = {o.place: (o.shape, o.place, o.color, o.size) for o in scene}
+    return [symbol for place in reversed(toy.PLACES) for symbol in said.get(place, (NOTHING,) * 4)]
 
 
 class Scenes:
@@ -239,11 +241,11 @@ def caption_symbols(album: Sequence[Captioned], n: int) -> tuple[list[list[str]]
 
 
 class Photos:
-    """The album's pictures as stage 0 sees them: cropped (half of the area at least) and mirrored by chance."""
+    """The album's pictures as stage 0 sees them, cropped and mirrored by chance, with `n` symbols each."""
 
-    def __init__(self, album: Sequence[Captioned], said: Sequence[Sequence[str]], symbols: Sequence[str], seed: int,
-                 size: int):
-        self.album, self.said, self.symbols, self.seed, self.size = album, said, symbols, seed, size
+    def __init__(self, album: Sequence[Captioned], n: int, seed: int, size: int):
+        self.album, self.seed, self.size = album, seed, size
+        self.said, self.symbols = caption_symbols(album, n)
 
     def __len__(self) -> int:
         return len(self.album)
@@ -251,13 +253,13 @@ class Photos:
     def batch(self, step: int, size: int) -> tuple:
         dice = np.random.default_rng((self.seed, step))
         at = dice.integers(len(self.album), size=size)
-        pixels = torch.stack([vision.preprocess(cropped(vision.open_image(self.album[i].path), dice), self.size)
-                              for i in at])
+        parts = [cropped(vision.open_image(self.album[i].path), dice) for i in at]
+        pixels = torch.stack([vision.preprocess(part, self.size) for part in parts])
         return _named([self.said[i] for i in at], self.symbols, pixels)
 
 
 def cropped(image: Image.Image, dice: np.random.Generator) -> Image.Image:
-    """A part with 50 to 100 % of the area and 3/4 to 4/3 of the aspect, as MiniGPT-4's training; mirrored half the time."""
+    """50 to 100 % of the area, 3/4 to 4/3 of the aspect, as in MiniGPT-4's training; every other one mirrored."""
     share, aspect = dice.uniform(0.5, 1.0), np.exp(dice.uniform(np.log(3 / 4), np.log(4 / 3)))
     width = min(image.width, max(1, round(image.width * (share * aspect) ** 0.5)))
     height = min(image.height, max(1, round(image.height * (share / aspect) ** 0.5)))
@@ -269,7 +271,7 @@ def cropped(image: Image.Image, dice: np.random.Generator) -> Image.Image:
 # -- stages 1 and 2: rows of tokens with a picture each ------------------------------------------------------
 
 class PictureRows(data.Rows):
-    """Rows that begin with, or hold, one picture each; `images` gives the pictures of some rows as a tensor."""
+    """Rows that hold one picture each; `images` gives those of some rows as a tensor."""
 
     def __init__(self, examples: Sequence[data.Example], seq_len: int, pad: int, seed: int, images: Callable):
         tokens = np.full((len(examples), seq_len), pad, np.int32)
@@ -285,16 +287,17 @@ class PictureRows(data.Rows):
 
 
 def alt_example(caption: str, slots: int, tokenizer: data.Tokenizer, limit: int = 32) -> data.Example:
-    """Stage 1: <s>, the picture, the caption in lower case, a newline; no prompt and no </s>. Published like this,
-    with the punctuation taken out, 50 words and 32 tokens at most."""
+    """Stage 1: <s>, the picture, the caption in lower case, a newline; no prompt and no </s>. As published:
+    without punctuation, 50 words and 32 tokens at most."""
     caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:50])
     ids = tokenizer.encode(caption + "\n")[:limit]
     before = [tokenizer.bos] + [model.IMAGE_SLOT] * slots
     return data.Example(before + ids, [data.IGNORE] * len(before) + ids)
 
 
-def described(caption: str, instruction: str, slots: int, template: str, tokenizer: data.Tokenizer, seq_len: int):
-    """Stage 2: the instruction about the picture, and the description. Too long, it loses words but not its end."""
+def described(caption: str, instruction: str, slots: int, template: str, tokenizer: data.Tokenizer,
+              seq_len: int) -> data.Example:
+    """Stage 2: instruction about the picture, description. What is too long loses words, but not its end."""
     turns = [data.Turn("user", instruction, slots=slots), data.Turn("assistant", caption)]
     example = data.render(data.Conversation(turns), template, tokenizer)
     end = data.get_template(template).end
@@ -304,8 +307,8 @@ def described(caption: str, instruction: str, slots: int, template: str, tokeniz
 
 
 def frozen_images(net: vision.MiniGPT4, album: Sequence[Captioned], machine: train_sft.Machine) -> Callable:
-    """Row numbers -> what the frozen encoder makes of the pictures. Computed once for all of them when that fits into
-    2 GB, since the encoder never changes; else in every step, from the files."""
+    """Row numbers -> what the frozen encoder makes of the pictures. Computed once for all of them when that
+    fits into 2 GB, since the encoder never changes; else in every step, from the files."""
     size = net.vit.config.image_size
 
     def pixels(at: Sequence[int]) -> torch.Tensor:
@@ -313,10 +316,10 @@ def frozen_images(net: vision.MiniGPT4, album: Sequence[Captioned], machine: tra
 
     bytes_ = len(album) * net.n_queries * net.llama_proj.in_features * 4
     if bytes_ > 2e9:
-        print(f"features of {len(album)} pictures would take {bytes_ / 1e9:.1f} GB: they are computed in every step")
+        print(f"features of {len(album)} pictures would take {bytes_ / 1e9:.1f} GB: computed in every step")
         return pixels
     features = encode_all(net, pixels, len(album), machine)
-    return lambda at: features[at]
+    return lambda at: features[list(at)]
 
 
 @torch.no_grad()
@@ -325,12 +328,13 @@ def encode_all(net: vision.MiniGPT4, pixels: Callable, n: int, machine: train_sf
     done = []
     for at in tqdm(range(0, n, 64), desc="pictures through the frozen encoder", leave=False):
         with machine.autocast():
-            done.append(net.features(pixels(range(at, min(n, at + 64))).to(machine.device)).float().cpu())
+            done.append(net.features(pixels(list(range(at, min(n, at + 64)))).to(machine.device)).float().cpu())
     return torch.cat(done)
 
 
-def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, questions: Sequence, features, limit: int = 64):
-    """Replies to one question about each picture. A question is a text, or (text, turns before it)."""
+def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, questions: Sequence,
+        features: Optional[torch.Tensor], limit: int = 64) -> tuple[list[str], list[bool]]:
+    """Replies to one question about each picture, and whether they ended. A question is a text, or turns."""
     slots, conversations = net.n_queries if features is not None else 0, []
     for q in questions:
         turns = [data.Turn("user", q)] if isinstance(q, str) else list(q)
@@ -344,15 +348,18 @@ def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, question
 APOLOGY = re.compile(r"(I'm|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]", re.I)
 
 
-def curate(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, album: Sequence[Captioned], images: Callable,
-           mend: Callable, true: Callable, shortest: int, out: Path, review: bool) -> Path:
-    """Section 3.2 of the paper. Writes out/filter_cap.json with the descriptions that are left, and out/report.json."""
-    features = images(list(range(len(album))))
-    said, _ = ask(net, tokenizer, template, [REQUEST] * len(album), features, 96)
-    short = [i for i, text in enumerate(said) if len(tokenizer.encode(text)) < shortest]
-    again = [[data.Turn("user", REQUEST), data.Turn("assistant", said[i]), data.Turn("user", "Continue")] for i in short]
-    for i, more in zip(short, ask(net, tokenizer, template, again, features[short], 96)[0] if short else ()):
-        said[i] = f"{said[i]} {more}".strip()
+def curate(job: "Job", net: vision.MiniGPT4, album: Sequence[Captioned], mend: Callable, true: Callable,
+           shortest: int) -> None:
+    """Section 3.2 of the paper. Writes the descriptions that are left into curated/, and a report."""
+    features = frozen_images(net, album, job.machine)(range(len(album)))
+    said, _ = ask(net, job.tokenizer, job.template, [REQUEST] * len(album), features, 96)
+    short = [i for i, text in enumerate(said) if len(job.tokenizer.encode(text)) < shortest]
+    again = [[data.Turn("user", REQUEST), data.Turn("assistant", said[i]), data.Turn("user", "Continue")]
+             for i in short]
+    if short:
+        more, _ = ask(net, job.tokenizer, job.template, again, features[short], 96)
+        for i, text in zip(short, more):
+            said[i] = f"{said[i]} {text}".strip()
     report, kept = Counter(asked=len(album), continued=len(short)), []
     for i, (mended, before) in enumerate(zip(mend(said), said)):
         text = APOLOGY.sub("", mended or "").strip()
@@ -363,17 +370,18 @@ def curate(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, album
         elif not true(i, text):
             report["dropped: not true of the picture"] += 1
         else:
-            if review:
+            if job.cfg.review:
                 text = reviewed(album[i].path, text)
-            report["dropped: by you" if not text else "kept as it was" if text == before else "repaired and kept"] += 1
             if text:
                 kept.append((i, text))
+            report["dropped: by you" if not text else
+                   "kept as it was" if text == before else "repaired and kept"] += 1
     print("curation: " + "; ".join(f"{what}: {n}" for what, n in report.items()))
+    out = Path(job.cfg.out) / "curated"
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1))
     notes = [dict(image=str(album[i].path.resolve()), caption=text, before=said[i]) for i, text in kept]
     (out / "filter_cap.json").write_text(json.dumps(dict(annotations=notes), indent=1, ensure_ascii=False))
-    return out
 
 
 def reviewed(path: Path, text: str) -> str:
@@ -400,92 +408,95 @@ def mender(spec: str) -> Callable:
 def stage_config(cfg: VLMConfig, stage: str) -> train_sft.SFTConfig:
     """The recipe's numbers for a stage, with what the command line says instead."""
     if stage not in RECIPES[cfg.recipe]:
-        raise Problem(f"there is no published stage {stage}; give --vision=FOLDER with a trained ViT and Q-Former")
+        raise Problem(f"there is no published stage {stage}; give --vision=FOLDER with a ViT and a Q-Former")
     numbers = dict(RECIPES[cfg.recipe][stage])
     if cfg.fast:
         numbers["steps"] = max(20, numbers["steps"] // 10)
     numbers.update({k: getattr(cfg, k) for k in ("steps", "batch_size", "learning_rate") if getattr(cfg, k)})
-    same = {k: getattr(cfg, k) for k in ("out", "micro_batch", "checkpointing", "dtype", "device", "seed", "save_minutes",
-                                         "resume")}
-    return train_sft.SFTConfig(**numbers, **same)
+    same = ("out", "micro_batch", "checkpointing", "dtype", "device", "seed", "save_minutes", "resume")
+    return train_sft.SFTConfig(**numbers, **{k: getattr(cfg, k) for k in same})
 
 
 @dataclass
-class Speech:
-    """The language model that will be given eyes, with what belongs to it."""
+class Job:
+    """What the stages share: the command line, the machine, and the language model that is given eyes."""
+    cfg: VLMConfig
+    machine: train_sft.Machine
     llama: model.LLaMA
     tokenizer: data.Tokenizer
     template: str
-    folder: Path
+    folder: Path  # of the language model
+
+    def train(self, stage: str, name: str, rows, source: str, net, seq_len: int = 0, **more):
+        """The one loop, with this stage's numbers."""
+        sft = stage_config(self.cfg, stage)
+        sft = replace(sft, seq_len=seq_len or sft.seq_len)
+        return train_sft.run_stage(sft, name, self.machine, rows, self.tokenizer, self.template, source,
+                                   network=net, **more)
 
 
-def open_speech(cfg: VLMConfig) -> Speech:
+def open_job(cfg: VLMConfig, machine: train_sft.Machine) -> Job:
     try:
         llama, path, meta = model.load(cfg.init)
     except Problem as problem:
         if Path(cfg.init).exists():
             raise
         raise Problem(f"{problem}. A language model has to be there first") from None
-    return Speech(llama, data.Tokenizer(path), meta["template"], model.find(cfg.init))
+    return Job(cfg, machine, llama, data.Tokenizer(path), meta["template"], model.find(cfg.init))
 
 
-def train_encoder(cfg: VLMConfig, machine: train_sft.Machine, speech: Speech, album: Sequence[Captioned]) -> Path:
+def train_encoder(job: Job, album: Sequence[Captioned]) -> Path:
     """Stage 0. Returns the folder with ViT and Q-Former."""
+    if job.machine.sharded:
+        raise Problem("stage 0 is small and runs in one process: python train_vlm.py --stage=0")
     vit, qformer = vision.PRESETS["photos" if album else "toy"]
     vit, qformer = vision.ViTConfig(**vit), vision.QFormerConfig(**qformer)
-    sft = stage_config(cfg, "0")
-    if machine.sharded:
-        raise Problem("stage 0 is small and runs in one process: python train_vlm.py --stage=0")
     if album:
-        said, symbols = caption_symbols(album, qformer.n_queries)
-        rows = Photos(album, said, symbols, cfg.seed, vit.image_size)
-        source = text_digest("\n".join(c.caption for c in album))
+        rows = Photos(album, qformer.n_queries, job.cfg.seed, vit.image_size)
+        symbols, source = rows.symbols, text_digest("\n".join(c.caption for c in album))
     else:
-        symbols, rows, source = SYMBOLS, Scenes(cfg.seed, vit.image_size), "toy pictures"
-    torch.manual_seed(cfg.seed)
+        rows, symbols, source = Scenes(job.cfg.seed, vit.image_size), SYMBOLS, "toy pictures"
+    torch.manual_seed(job.cfg.seed)
     net = Sight(SightConfig(vit, qformer, symbols))
-    sft = replace(sft, seq_len=1 + qformer.n_queries)
-    train_sft.run_stage(sft, "vision", machine, rows, speech.tokenizer, speech.template, source, network=net)
-    return Path(cfg.out) / "vision"
+    job.train("0", "vision", rows, source, net, 1 + qformer.n_queries)
+    return Path(job.cfg.out) / "vision"
 
 
-def give_eyes(cfg: VLMConfig, machine: train_sft.Machine, speech: Speech, encoder: Path) -> tuple:
+def give_eyes(job: Job, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
     """A MiniGPT-4 whose projection knows nothing yet, and what it was put together from."""
     vit, qformer, _ = vision.load_encoder(encoder)
-    torch.manual_seed(cfg.seed)
-    net = vision.MiniGPT4(speech.llama, vit, qformer).to(machine.device)
-    parts = dict(llama=speech.folder, vision=model.find(encoder))
-    return net, {k: str(p) for k, p in parts.items()} | {f"{k}_crc": model.fingerprint(p) for k, p in parts.items()}
+    torch.manual_seed(job.cfg.seed)
+    net = vision.MiniGPT4(job.llama, vit, qformer).to(job.machine.device)
+    parts = dict(llama=job.folder, vision=model.find(encoder))
+    return net, {name: str(path) for name, path in parts.items()} | {
+        f"{name}_crc": model.fingerprint(path) for name, path in parts.items()}
 
 
-def align(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned],
-          name: str = "align", images: Optional[Callable] = None):
+def align(job: Job, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned], name: str = "align"):
     """Stage 1."""
-    sft = stage_config(cfg, "1")
-    examples = [alt_example(c.caption, net.n_queries, speech.tokenizer) for c in album]
-    images = images or frozen_images(net, album, machine)
-    rows = PictureRows(examples, sft.seq_len, speech.tokenizer.eos, cfg.seed, images)
+    sft = stage_config(job.cfg, "1")
+    examples = [alt_example(c.caption, net.n_queries, job.tokenizer) for c in album]
+    images = frozen_images(net, album, job.machine)
+    rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
     source = text_digest("\n".join(c.caption for c in album))
-    return train_sft.run_stage(sft, name, machine, rows, speech.tokenizer, speech.template, source, network=net, beside=beside)
+    return job.train("1", name, rows, source, net, beside=beside)
 
 
-def finetune(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, beside: dict, folder: Path,
-             name: str = "minigpt4", parent: str = "align") -> Sequence[Captioned]:
-    """Stage 2, on the descriptions in `folder`. Left out, and said so, when these are fewer than one batch."""
-    sft, rng = stage_config(cfg, "2"), random.Random(cfg.seed)
+def finetune(job: Job, net: vision.MiniGPT4, beside: dict, folder: Path, name: str = "minigpt4",
+             parent: str = "align") -> None:
+    """Stage 2, on the descriptions in `folder`. Left out, and said so, when they are fewer than one batch."""
+    sft, rng = stage_config(job.cfg, "2"), random.Random(job.cfg.seed)
     album = load_album(folder, Counter())
     if len(album) < sft.batch_size:
-        print(f"{name}: stage 2 is left out: {len(album)} descriptions in {folder} are fewer than one batch of "
+        print(f"{name}: stage 2 is left out: {len(album)} descriptions in {folder} are fewer than a batch of "
               f"{sft.batch_size}; train stage 1 for longer, on more pictures, or give --teacher")
-        return album
-    examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, speech.template, speech.tokenizer, sft.seq_len)
-                for c in album]
-    images = frozen_images(net, album, machine)
-    rows = PictureRows(examples, sft.seq_len, speech.tokenizer.eos, cfg.seed, images)
+        return
+    examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, job.template, job.tokenizer,
+                          sft.seq_len) for c in album]
+    images = frozen_images(net, album, job.machine)
+    rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
     source = text_digest("\n".join(c.caption for c in album))
-    train_sft.run_stage(sft, name, machine, rows, speech.tokenizer, speech.template, source, str(Path(cfg.out) / parent),
-                        network=net, beside=beside)
-    return album
+    job.train("2", name, rows, source, net, parent=str(Path(job.cfg.out) / parent), beside=beside)
 
 
 # -- the toy chain, and what it must be compared with --------------------------------------------------------
@@ -498,7 +509,7 @@ class Exam(NamedTuple):
 
 
 def exam(split: str, n: int, seed: int = 1) -> Exam:
-    """The same for everybody; in split "pairs" the question is about an object whose pair was never seen or read."""
+    """The same for everybody; in split "pairs" the question is about an object whose pair was never met."""
     rng, scenes, questions = random.Random(f"pictures {split} {seed}"), [], []
     kinds = [k for k in toy.SCENE_KINDS if k != "describe"]
     while len(scenes) < n:
@@ -516,8 +527,8 @@ def exact(scene: toy.Scene, reply: str) -> bool:
 
 
 def hallucinated(scenes: Sequence, replies: Sequence[str]) -> tuple[float, float]:
-    """CHAIR (Rohrbach et al. 2018): the share of things mentioned that are not there, and of replies with one or more.
-    A thing is a colour on a shape."""
+    """CHAIR (Rohrbach et al. 2018): the share of things mentioned that are not there, and of replies with one or
+    more. A thing is a colour on a shape."""
     mention = re.compile(rf"\b({'|'.join(toy.COLORS)}) ({'|'.join(toy.SHAPES)})\b")
     said = [mention.findall(r.lower()) for r in replies]
     wrong = [[m for m in row if m not in {(o.color, o.shape) for o in s}] for row, s in zip(said, scenes)]
@@ -538,8 +549,8 @@ def failed(scene: toy.Scene, reply: str, ended: bool) -> str:
 
 
 def pope(n: int, seed: int = 2) -> tuple[list, list]:
-    """Scenes with a yes/no question about presence (Li et al. 2023, POPE), half of them to be denied: of what is
-    absent, mostly a colour and a shape that are both there, on different things."""
+    """Scenes with a yes/no question about presence (Li et al. 2023, POPE), half of them to be denied; absent is
+    mostly a colour and a shape that are both there, on different things."""
     rng, scenes, questions = random.Random(seed), [], []
     while len(scenes) < n:
         scene = toy.pick_scene(rng, "scenes")
@@ -550,86 +561,82 @@ def pope(n: int, seed: int = 2) -> tuple[list, list]:
     return scenes, questions
 
 
-def look(net: vision.MiniGPT4, pictures: Sequence[np.ndarray], machine) -> torch.Tensor:
+def look(net: vision.MiniGPT4, pictures: Sequence[np.ndarray], machine: train_sft.Machine) -> torch.Tensor:
     size = net.vit.config.image_size
-    return encode_all(net, lambda at: torch.stack([vision.preprocess(pictures[i], size) for i in at]), len(pictures), machine)
+    pixels = torch.stack([vision.preprocess(p, size) for p in pictures])
+    return encode_all(net, lambda at: pixels[at], len(pictures), machine)
 
 
-def toy_chain(cfg: VLMConfig, machine, speech: Speech) -> dict:
-    sizes, out = FAST if cfg.fast else TOY, Path(cfg.out)
-    encoder = Path(cfg.vision) if cfg.vision else train_encoder(cfg, machine, speech, ())
+def toy_chain(job: Job) -> dict:
+    cfg, sizes, out = job.cfg, FAST if job.cfg.fast else TOY, Path(job.cfg.out)
+    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, ())
     if cfg.stage == "0":
         return dict(folder=str(encoder))
-    for name, n, text in (("alt", sizes["alt"], toy.alt_text), ("curate", sizes["curate"], lambda s, r: toy.caption(s))):
-        write_toy_album(out / "data" / name, "train", n, f"{name} {cfg.seed}", text)
+    for name, text in (("alt", toy.alt_text), ("curate", lambda scene, rng: toy.caption(scene))):
+        write_toy_album(out / "data" / name, "train", sizes[name], f"{name} {cfg.seed}", text)
     alt, pool = (load_album(out / "data" / name, Counter()) for name in ("alt", "curate"))
-    scenes = [tuple(toy.Object(*o) for o in s) for s in json.loads((out / "data" / "curate" / "scenes.json").read_text())]
+    truth = json.loads((out / "data" / "curate" / "scenes.json").read_text())
+    scenes = [tuple(toy.Object(*o) for o in scene) for scene in truth]
 
-    net, beside = give_eyes(cfg, machine, speech, encoder)
-    align(cfg, machine, speech, net, beside, alt)
+    net, beside = give_eyes(job, encoder)
+    align(job, net, beside, alt)
     if cfg.stage == "1":
         return dict(folder=str(out / "align"))
     if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
-        curate(net.eval(), speech.tokenizer, speech.template, pool, frozen_images(net, pool, machine), mender(cfg.teacher),
-               lambda i, text: exact(scenes[i], text), 20, out / "curated", cfg.review)
+        curate(job, net.eval(), pool, mender(cfg.teacher), lambda i, text: exact(scenes[i], text), 20)
     if cfg.stage == "curate":
         return dict(folder=str(out / "curated"))
-    aligned = {k: v.clone() for k, v in net.llama_proj.state_dict().items()}
-    finetune(cfg, machine, speech, net, beside, out / "curated")
-    return table(cfg, machine, speech, net.eval(), aligned, alt, sizes["questions"])
+    aligned = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
+    finetune(job, net, beside, out / "curated")
+    return table(job, net.eval(), aligned, alt, sizes["questions"])
 
 
-def random_eyes(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, alt) -> vision.MiniGPT4:
+def random_eyes(job: Job, net: vision.MiniGPT4, alt: Sequence[Captioned]) -> vision.MiniGPT4:
     """Control: a frozen encoder that has learned nothing, and a linear layer trained as long as the other."""
-    torch.manual_seed(cfg.seed + 1)
-    blind = vision.MiniGPT4(speech.llama, vision.ViT(net.vit.config), vision.QFormer(net.qformer.config)).to(machine.device)
-    beside = dict(llama=str(speech.folder), vision="random")
-    align(cfg, machine, speech, blind, beside, alt, "random-align")
-    finetune(cfg, machine, speech, blind, beside, Path(cfg.out) / "curated", "random-minigpt4", "random-align")
+    torch.manual_seed(job.cfg.seed + 1)
+    blind = vision.MiniGPT4(job.llama, vision.ViT(net.vit.config), vision.QFormer(net.qformer.config))
+    blind = blind.to(job.machine.device)
+    beside = dict(llama=str(job.folder), vision="random")
+    align(job, blind, beside, alt, "random-align")
+    finetune(job, blind, beside, Path(job.cfg.out) / "curated", "random-minigpt4", "random-align")
     return blind.eval()
 
 
-def table(cfg: VLMConfig, machine, speech: Speech, net: vision.MiniGPT4, aligned: dict, alt, n: int) -> dict:
-    """Captions and zero-shot questions on both held-out splits, beside the controls; failures and hallucinations."""
-    tokenizer, template = speech.tokenizer, speech.template
-    blind = random_eyes(cfg, machine, speech, net, alt)
-    final = net.llama_proj.state_dict()
-    final = {k: v.clone() for k, v in final.items()}
+def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned], n: int) -> dict:
+    """Captions and zero-shot questions on both held-out splits, beside the controls; failures, hallucinations."""
+    blind, rng = random_eyes(job, net, alt), random.Random(0)
+    final = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
     figures, said = {}, {}
-    rng = random.Random(0)
-    for split in ("scenes", "pairs"):
-        e = exam(split, n)
-        seen, nothing_seen = look(net, e.pictures, machine), look(blind, e.pictures, machine)
-        asked = [q.text for q in e.questions]
+    exams = {split: exam(split, n) for split in ("scenes", "pairs")}
+    for split, e in exams.items():
+        seen = look(net, e.pictures, job.machine)
+        asked, requests = [q.text for q in e.questions], [INSTRUCTIONS[i % 4] for i in range(n)]
         told = [toy.tell(s, rng) for s in e.scenes]
-        describe_it = [INSTRUCTIONS[i % 4] for i in range(n)]
-        players = {
-            "MiniGPT-4": (net, final, asked, describe_it, seen),
-            "in words": (net, final, [f"{t} {q}" for t, q in zip(told, asked)], [t + " Describe the scene." for t in told],
-                         None),
-            "no picture": (net, final, asked, describe_it, None),
-            "shuffled": (net, final, asked, describe_it, seen.roll(1, 0)),
-            "random eyes": (blind, None, asked, describe_it, nothing_seen),
-            "stage 1": (net, aligned, asked, describe_it, seen)}
-        for name, (who, weights, questions, requests, features) in tqdm(players.items(), desc=f"examining: {split}",
-                                                                        leave=False):
+        in_words = [f"{t} {q}" for t, q in zip(told, asked)], [t + " Describe the scene." for t in told]
+        players = {  # name: who, with which projection, questions, requests for a description, what is seen
+            "MiniGPT-4": (net, final, asked, requests, seen),
+            "in words": (net, final, *in_words, None),
+            "no picture": (net, final, asked, requests, None),
+            "shuffled": (net, final, asked, requests, seen.roll(1, 0)),
+            "random eyes": (blind, None, asked, requests, look(blind, e.pictures, job.machine)),
+            "stage 1": (net, aligned, asked, requests, seen)}
+        for name, (who, weights, questions, wishes, features) in tqdm(players.items(), desc=split, leave=False):
             if weights:
                 who.llama_proj.load_state_dict(weights)
-            captions = ask(who, tokenizer, template, requests, features)
-            answers, _ = ask(who, tokenizer, template, questions, features)
-            said[split, name] = captions
+            said[split, name] = captions = ask(who, job.tokenizer, job.template, wishes, features)
+            answers, _ = ask(who, job.tokenizer, job.template, questions, features)
+            right = sum(toy.grade(q, a) == 1 for q, a in zip(e.questions, answers))
             figures[split, "captions", name] = sum(map(exact, e.scenes, captions[0])) / n
-            figures[split, "questions", name] = sum(toy.grade(q, a) == 1 for q, a in zip(e.questions, answers)) / n
-        if split == "scenes":
-            album = e
-    net.llama_proj.load_state_dict(final)
+            figures[split, "questions", name] = right / n
     print_table(figures)
-    figures |= faults(net, album, said, aligned, final, tokenizer, template, machine, n)
-    show(album, said["scenes", "MiniGPT-4"][0], Path(cfg.out) / "seen.png")
+    figures |= faults(job, net, exams["scenes"], said, aligned, final, n)
+    out = Path(job.cfg.out)
+    show(exams["scenes"], said["scenes", "MiniGPT-4"][0], out / "seen.png")
     minutes = (time.time() - train_sft.STARTED) / 60
-    (Path(cfg.out) / "seeing.json").write_text(json.dumps({" ".join(k): v for k, v in figures.items()}, indent=1))
-    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {Path(cfg.out) / 'seen.png'}. Now type:"
-          f"\n  python sample.py --ckpt={cfg.out}/minigpt4 --image={cfg.out}/data/curate/image/0.png   ask about a picture")
+    written = {" ".join(key): value for key, value in figures.items()}
+    (out / "seeing.json").write_text(json.dumps(dict(written, seed=job.cfg.seed, minutes=minutes), indent=1))
+    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now type:"
+          f"\n  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
     return figures
 
 
@@ -641,23 +648,23 @@ def print_table(figures: dict) -> None:
             row = [figures[split, what, n] for n in names]
             print(f"{title + ', ' + what:<34}" + "".join(f"{100 * x:>13.0f}" for x in row))
     print("picture / words: " + ", ".join(
-        f"{what} {split} {100 * figures[split, what, 'MiniGPT-4'] / max(1e-9, figures[split, what, 'in words']):.0f}%"
+        f"{what} {split} {100 * figures[split, what, 'MiniGPT-4'] / max(0.01, figures[split, what, 'in words']):.0f}%"
         for split in ("scenes", "pairs") for what in ("captions", "questions")))
 
 
-def faults(net, e: Exam, said: dict, aligned: dict, final: dict, tokenizer, template: str, machine, n: int) -> dict:
+def faults(job: Job, net: vision.MiniGPT4, e: Exam, said: dict, aligned: dict, final: dict, n: int) -> dict:
     """Stage 1 alone against stage 2: how descriptions fail, and what is seen that is not there."""
     figures, scenes = {}, e.scenes
     asked_of, yes_no = pope(n)
     rng = random.Random(3)
-    seen = look(net, [toy.draw(s, rng) for s in asked_of], machine)
+    seen = look(net, [toy.draw(s, rng) for s in asked_of], job.machine)
     print(f"\n{'of descriptions and answers, %':<34}{'stage 1':>13}{'MiniGPT-4':>13}")
     rows: dict = {}
     for name, weights in (("stage 1", aligned), ("MiniGPT-4", final)):
         replies, ended = said["scenes", name]
         why = Counter(map(failed, scenes, replies, ended))
         net.llama_proj.load_state_dict(weights)
-        answers, _ = ask(net, tokenizer, template, [q.text for q in yes_no], seen)
+        answers, _ = ask(net, job.tokenizer, job.template, [q.text for q in yes_no], seen)
         yes = sum("yes" in toy.found("yesno", a) for a in answers) / n
         right = sum(toy.grade(q, a) == 1 for q, a in zip(yes_no, answers)) / n
         things, texts = hallucinated(scenes, replies)
@@ -676,69 +683,69 @@ def faults(net, e: Exam, said: dict, aligned: dict, final: dict, tokenizer, temp
 
 def show(e: Exam, replies: Sequence[str], path: Path) -> None:
     """Four pictures with what is said of them; a wrong one among them, if there is any."""
-    from PIL import ImageDraw
     right = [i for i, (s, r) in enumerate(zip(e.scenes, replies)) if exact(s, r)]
     wrong = [i for i in range(len(replies)) if i not in right]
     chosen = (right[:4 - bool(wrong)] + wrong)[:4]
     sheet = Image.new("RGB", (4 * 260, 330), "white")
     pen = ImageDraw.Draw(sheet)
     for column, i in enumerate(chosen):
-        sheet.paste(Image.fromarray(e.pictures[i]).resize((240, 240), Image.Resampling.NEAREST), (260 * column + 10, 10))
+        picture = Image.fromarray(e.pictures[i]).resize((240, 240), Image.Resampling.NEAREST)
+        sheet.paste(picture, (260 * column + 10, 10))
         words, lines = (replies[i] + ("" if i in right else "  [wrong]")).split(), [""]
         for word in words:
             if len(lines[-1]) + len(word) > 38:
                 lines.append("")
             lines[-1] += word + " "
-        pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:5]), fill="black" if i in right else "firebrick")
+        color = "black" if i in right else "firebrick"
+        pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:5]), fill=color)
     sheet.save(path)
 
 
 # -- your own pictures ---------------------------------------------------------------------------------------
 
-def photo_chain(cfg: VLMConfig, machine, speech: Speech) -> dict:
-    """The same stages on a folder of pictures with captions; the last tenth of it (by a hash of the name) is held out."""
-    report: Counter = Counter()
+def photo_chain(job: Job) -> dict:
+    """The same stages on a folder of pictures with captions; a tenth of it, by a hash of the name, is held out."""
+    cfg, out, report = job.cfg, Path(job.cfg.out), Counter()
     album = load_album(cfg.images, report)
-    held = [c for c in album if text_digest(c.path.name) < "1999"]  # a tenth
-    learn = [c for c in album if c not in set(held)] if len(held) < len(album) else album
+    held = [c for c in album if text_digest(c.path.name) < "1999"]
+    learn = [c for c in album if text_digest(c.path.name) >= "1999"]
     print(f"{cfg.images}: {len(album)} pictures with captions, {len(held)} of them held out"
           + "".join(f"; {why}: {k}" for why, k in report.items() if k))
-    out = Path(cfg.out)
-    encoder = Path(cfg.vision) if cfg.vision else train_encoder(cfg, machine, speech, learn)
+    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, learn)
     if cfg.stage == "0":
         return dict(folder=str(encoder))
-    net, beside = give_eyes(cfg, machine, speech, encoder)
-    if cfg.stage != "2":
-        align(cfg, machine, speech, net, beside, learn)
-    else:
+    net, beside = give_eyes(job, encoder)
+    if cfg.stage == "2":  # your own descriptions: nothing to curate
         model.load(out / "align", network=net)
-    if cfg.stage in ("all", "curate"):
+        finetune(job, net, beside, Path(cfg.images))
+        return photo_table(job, net.eval(), learn, held)
+    align(job, net, beside, learn)
+    if cfg.stage == "1":
+        return dict(folder=str(out / "align"))
+    if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
         pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
         words, _ = caption_symbols(pool, 1)
         if not cfg.teacher:
-            print("no --teacher: descriptions are kept as they are when they name the rarest word of the caption")
-        curate(net.eval(), speech.tokenizer, speech.template, pool, frozen_images(net, pool, machine),
-               mender(cfg.teacher) if cfg.teacher else list, lambda i, text: words[i][0] in text.lower(), 1,
-               out / "curated", cfg.review)
-    if cfg.stage in ("1", "curate"):
-        return dict(folder=str(out / "align"))
-    finetune(cfg, machine, speech, net, beside, out / "curated" if cfg.stage == "all" else Path(cfg.images))
-    return photo_table(cfg, machine, speech, net.eval(), learn, held)
+            print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
+        curate(job, net.eval(), pool, mender(cfg.teacher) if cfg.teacher else list,
+               lambda i, text: words[i][0] in text.lower(), 1)
+    if cfg.stage == "curate":
+        return dict(folder=str(out / "curated"))
+    finetune(job, net, beside, out / "curated")
+    return photo_table(job, net.eval(), learn, held)
 
 
-def photo_table(cfg: VLMConfig, machine, speech: Speech, net, learn, held) -> dict:
-    """How often a description of a held-out picture names the rarest word of its caption."""
+def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence[Captioned], held: Sequence[Captioned]) -> dict:
+    """How often a description of a held-out picture names the rarest word of its caption before any other such."""
     if not held:
         return {}
-    names = {word for row in caption_symbols(learn, 1)[0] for word in row}
-    truth = [row[0] for row in caption_symbols(held, 1)[0]]
-    features = frozen_images(net, held, machine)(list(range(len(held))))
-    request = [INSTRUCTIONS[0]] * len(held)
-    figures = {}
+    names = {row[0] for row in caption_symbols(learn, 1)[0]}
+    truth = [next((w for w in re.findall(r"\w+", c.caption.lower()) if w in names), "") for c in held]
+    features, figures = frozen_images(net, held, job.machine)(range(len(held))), {}
     for name, seen in (("MiniGPT-4", features), ("shuffled", features.roll(1, 0))):
-        replies, _ = ask(net, speech.tokenizer, speech.template, request, seen)
-        named = [[w for w in re.findall(r"\w+", r.lower()) if w in names] for r in replies]
-        figures[name] = sum(row[:1] == [t] for row, t in zip(named, truth)) / len(held)
+        replies, _ = ask(net, job.tokenizer, job.template, [INSTRUCTIONS[0]] * len(held), seen)
+        named = [[w for w in re.findall(r"\w+", r.lower()) if w in names][:1] for r in replies]
+        figures[name] = sum(row == [t] for row, t in zip(named, truth)) / len(held)
         print(f"{name}: names the right thing in {100 * figures[name]:.1f}% of {len(held)} held-out pictures")
     return figures
 
@@ -746,11 +753,12 @@ def photo_table(cfg: VLMConfig, machine, speech: Speech, net, learn, held) -> di
 def main(cfg: VLMConfig) -> dict:
     print(describe(cfg))
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
-    speech = open_speech(cfg)
+    job = open_job(cfg, machine)
     try:
-        return (photo_chain if cfg.images else toy_chain)(cfg, machine, speech)
+        return (photo_chain if cfg.images else toy_chain)(job)
     except train_sft.Stopped as stopped:
-        print(f"\n{stopped}. To go on: python {' '.join(sys.argv) if sys.argv[0].endswith('.py') else 'train_vlm.py'}")
+        script = " ".join(sys.argv) if sys.argv[0].endswith(".py") else "train_vlm.py"
+        print(f"\n{stopped}. To go on: python {script}")
         raise KeyboardInterrupt from None
 
 

@@ -8,7 +8,7 @@ References: [1] Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592); [2] Li et al. 202
 16x16 Words (2010.11929).
 
 Each module is the home of one published file: `ViT` of EVA's, with its keys; `QFormer` of BLIP-2's (queries,
-the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4's. Frozen parts have no dropout.
+the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4's. There is no dropout.
 
 Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T: LLaMA's.
 """
@@ -220,8 +220,8 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. Only positions begin
-        louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for hundreds of steps."""
+        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. But positions
+        begin louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for hundreds of steps."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.3)
         init_linear(self.patch_embed.proj)
@@ -356,8 +356,8 @@ class MiniGPT4(nn.Module):
 
     def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: Optional[torch.Tensor] = None,
             segments: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of LLaMA: sum of -log p over supervised tokens, and their count. A batch without pictures gives the
-        projection a gradient of zeros: other processes may have pictures, and wait for it."""
+        """As of LLaMA: sum of -log p over supervised tokens, and their count. A batch without pictures gives
+        the projection a gradient of zeros: other processes may have pictures, and wait for it."""
         if images is None:
             images = self.llama_proj.weight.new_zeros(0, self.n_queries, self.llama_proj.in_features)
         return self.llama.nll(tokens, labels, self.encode(images), segments)
@@ -370,7 +370,7 @@ class MiniGPT4(nn.Module):
         return self.llama.generate(prompts, max_new_tokens, images=vectors, **options)
 
 
-# -- checkpoints: what learned is in the file, what was frozen is named in meta.json --------------------------
+# -- checkpoints: what learned is in the file, what was frozen is named in meta.json -------------------------
 
 def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
     """ViT and Q-Former of a folder that stage 0 has written, and its meta.json."""
@@ -396,9 +396,9 @@ def load(folder) -> tuple[MiniGPT4, Path, dict]:
         if not path.exists():  # the folder of runs was moved
             path = step.parent.parent / path.parent.name / path.name
         if not (path / "model.pt").exists():
-            raise Problem(f"{folder} needs the {part} part that it was trained with, {made_with[part]}, which is gone")
+            raise Problem(f"{folder} needs its {part} part, {made_with[part]}, which is gone")
         if model.fingerprint(path) != made_with[f"{part}_crc"]:
-            raise Problem(f"{path} is not what {folder} was trained with: it was trained again; train this again too")
+            raise Problem(f"{path} was trained again since {folder} learned from it; train that again too")
         parts[part] = path
     vit, qformer, _ = load_encoder(parts["vision"])
     return model.load(step, network=MiniGPT4(model.load(parts["llama"])[0], vit, qformer))

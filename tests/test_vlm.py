@@ -35,7 +35,11 @@ MACHINE = train_sft.Machine("cpu", torch.float32, "a test", 1e9)
 
 @pytest.fixture(scope="module")
 def speech():
-    return train_vlm.open_speech(train_vlm.VLMConfig(init=str(MICRO)))
+    return open_job(train_vlm.VLMConfig(init=str(MICRO)))
+
+
+def open_job(cfg) -> train_vlm.Job:
+    return train_vlm.open_job(cfg, MACHINE)
 
 
 def eyes(speech) -> vision.MiniGPT4:
@@ -164,8 +168,7 @@ def test_pictures_of_stage_0_depend_on_the_step_alone(album):
     assert torch.equal(a[3], b[3]) and torch.equal(a[1], b[1]) and not torch.equal(a[3], other[3])
     assert a[3].shape == (2, 3, 16, 16) and a[1].shape == (2, 21) and (a[1][:, 0] == -100).all()
     pictures = train_vlm.load_album(album, Counter())
-    said, symbols = train_vlm.caption_symbols(pictures, 2)
-    photos = [train_vlm.Photos(pictures, said, symbols, 0, 16).batch(3, 4) for _ in range(2)]
+    photos = [train_vlm.Photos(pictures, 2, 0, 16).batch(3, 4) for _ in range(2)]
     assert torch.equal(photos[0][3], photos[1][3]) and photos[0][1].shape == (4, 3)
 
 
@@ -187,19 +190,20 @@ def test_crops_stay_inside(size):
 
 # -- the stages ----------------------------------------------------------------------------------------------
 
-def run_two_stages(cfg, speech, pictures):
-    net, beside = train_vlm.give_eyes(cfg, MACHINE, speech, cfg.vision)
-    net = train_vlm.align(cfg, MACHINE, speech, net, beside, train_vlm.load_album(pictures, Counter()))
+def run_two_stages(cfg, pictures):
+    job = open_job(cfg)
+    net, beside = train_vlm.give_eyes(job, cfg.vision)
+    net = train_vlm.align(job, net, beside, train_vlm.load_album(pictures, Counter()))
     first = net.llama_proj.weight.clone()
-    train_vlm.finetune(cfg, MACHINE, speech, net, beside, pictures)
+    train_vlm.finetune(job, net, beside, pictures)
     return net, first
 
 
 def test_only_the_projection_is_trained_and_saved(tmp_path, encoder, album, speech):
     cfg = settings(tmp_path)
-    new = train_vlm.give_eyes(cfg, MACHINE, train_vlm.open_speech(cfg), encoder)[0].state_dict()
+    new = train_vlm.give_eyes(open_job(cfg), encoder)[0].state_dict()
     before = {name: w.clone() for name, w in new.items()}
-    net, first = run_two_stages(cfg, train_vlm.open_speech(cfg), album)
+    net, first = run_two_stages(cfg, album)
     assert {n for n, w in net.state_dict().items() if not torch.equal(w, before[n])} == {
         "llama_proj.weight", "llama_proj.bias"}
     assert not torch.equal(first, net.llama_proj.weight), "stage 2 changed nothing"
@@ -214,7 +218,7 @@ def test_only_the_projection_is_trained_and_saved(tmp_path, encoder, album, spee
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, encoder, album, speech, monkeypatch):
     """The first step is saved; the run dies in the third; the same command ends where an undisturbed run ends."""
     cfg = settings(tmp_path, steps=5)
-    whole = run_two_stages(replace_out(cfg, tmp_path / "a"), train_vlm.open_speech(cfg), album)[0].llama_proj.weight
+    whole = run_two_stages(replace_out(cfg, tmp_path / "a"), album)[0].llama_proj.weight
 
     class Killed(BaseException):
         pass
@@ -228,10 +232,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, encoder, album, speech, monk
 
     monkeypatch.setattr(train_vlm.PictureRows, "batch", dies)
     with pytest.raises(Killed):
-        run_two_stages(replace_out(cfg, tmp_path / "b"), train_vlm.open_speech(cfg), album)
+        run_two_stages(replace_out(cfg, tmp_path / "b"), album)
     assert model.find(tmp_path / "b" / "minigpt4").name == "step-000001"
     monkeypatch.setattr(train_vlm.PictureRows, "batch", batch)
-    again = run_two_stages(replace_out(cfg, tmp_path / "b"), train_vlm.open_speech(cfg), album)[0]
+    again = run_two_stages(replace_out(cfg, tmp_path / "b"), album)[0]
     assert torch.equal(again.llama_proj.weight, whole)
 
 
@@ -242,8 +246,9 @@ def replace_out(cfg, out: Path):
 def test_parts_that_do_not_fit(tmp_path, encoder, album, speech):
     """Another language model than the projection was trained with, one of another size, one that is gone."""
     cfg = settings(tmp_path)
-    net, beside = train_vlm.give_eyes(cfg, MACHINE, train_vlm.open_speech(cfg), encoder)
-    train_vlm.align(cfg, MACHINE, speech, net, beside, train_vlm.load_album(album, Counter()))
+    job = open_job(cfg)
+    net, beside = train_vlm.give_eyes(job, encoder)
+    train_vlm.align(job, net, beside, train_vlm.load_album(album, Counter()))
     wide = model.LLaMA(model.LLaMAConfig(dim=96, n_layers=1, n_heads=2, vocab_size=64))
     other = vision.MiniGPT4(wide, net.vit, net.qformer)
     with pytest.raises(config.Problem, match=r"llama_proj.*\[64, 32\].*\[96, 32\]"):
@@ -330,9 +335,9 @@ def test_curation_counts_what_happens(tmp_path, album, speech, monkeypatch):
         assert [("more" in t) for t in texts] == [False, False, True, False, False, False]
         return [texts[0], toy.mend(texts[1]), "INCOMPLETE", texts[3], texts[4], None]
 
-    images = lambda at: torch.zeros(len(at), 3, 32)
-    out = train_vlm.curate(None, speech.tokenizer, "vicuna_v1.1", pictures, images, mend, lambda i, text: "ring" in text,
-                           3, tmp_path / "curated", review=True)
+    job = train_vlm.replace(speech, cfg=settings(tmp_path, review=True))
+    train_vlm.curate(job, eyes(speech), pictures, mend, lambda i, text: "ring" in text, 3)
+    out = tmp_path / "curated"
     report = json.loads((out / "report.json").read_text())
     assert report == {"asked": 6, "continued": 1, "kept as it was": 1, "dropped: by you": 1, "repaired and kept": 1,
                       "dropped: nothing could be saved": 2, "dropped: not true of the picture": 1}
