@@ -358,6 +358,12 @@ class LLaMA(nn.Module):
             tokens, images = ids[:, None], None
 
 
+def count(config: LLaMAConfig) -> int:
+    """Parameters of a network of this shape, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LLaMA(config).parameters())
+
+
 def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
     """Position of each token, (T,) or (B, T), and who may look at whom, (B, 1, T, S) or None for plain causal."""
     here = torch.arange(past, past + T, device=device)
@@ -437,6 +443,9 @@ def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: O
     return target
 
 
+PUBLISHED = ("params.json", "config.json", "adapter_config.json")  # marks of Meta's and Hugging Face's folders
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda p: int(p.name[len("step-"):]))
 
@@ -444,7 +453,7 @@ def _steps(folder: Path) -> list[Path]:
 def find(folder) -> Path:
     """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
     folder = Path(folder)
-    if (folder / "model.pt").exists():
+    if any((folder / mark).exists() for mark in ("model.pt", *PUBLISHED)):
         return folder
     if (folder / "latest").exists():
         named = folder / (folder / "latest").read_text().strip()
@@ -470,16 +479,25 @@ def read(path: Path) -> dict:
         raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
 
 
-def load(folder) -> tuple[LLaMA, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict."""
+def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
+         quantize: Optional[str] = None) -> tuple[LLaMA, Path, dict]:
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict.
+
+    Also reads published weights (a folder of Meta's or Hugging Face's) and, with quantize "q8" or "q4", keeps the
+    matrices in eight or four bits. dtype None: bfloat16 from 1 B parameters up.
+    """
     step = find(folder)
+    if quantize or not (step / "meta.json").exists():
+        import convert  # only here: the names and formats of others are its business
+        return convert.load(step, dtype, device, quantize)
     try:
         meta = json.loads((step / "meta.json").read_text())
     except ValueError as error:
         raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
     model = LLaMA(LLaMAConfig(**meta["config"]))
     model.load_state_dict(read(step / "model.pt"))
-    return model.eval(), step / "tokenizer.model", meta
+    dtype = dtype or (torch.bfloat16 if count(model.config) > 1e9 else torch.float32)
+    return model.to(device, dtype).eval(), step / "tokenizer.model", meta
 
 
 # -- python model.py -----------------------------------------------------------------------------------------

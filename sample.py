@@ -26,7 +26,7 @@ from config import Problem, run
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder; the newest of out/vicuna, out/alpaca, out/base, ... when not given
+    ckpt: str = ""  # checkpoint folder, or one of Meta's or Hugging Face's; the newest of out/vicuna, out/alpaca, out/base, ... when not given
     prompt: str = ""  # ask this once and exit
     template: str = ""  # the model's own when not given
     max_new_tokens: int = 256  # longest answer
@@ -37,6 +37,7 @@ class SampleConfig:
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 from 1 B parameters up
+    quantize: Optional[Literal["q8", "q4"]] = None  # matrices in eight or four bits, llama.cpp's blocks
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -155,15 +156,14 @@ def newest(out: Path = Path("out")) -> Path:
 
 
 def open_chat(cfg: SampleConfig) -> Chat:
-    net, tokenizer_path, meta = model.load(cfg.ckpt or newest())
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    large = sum(p.numel() for p in net.parameters()) > 1e9
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and large) else torch.float32
+    dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
+    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), dtype, device, cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
-    return Chat(net.to(device, dtype), data.Tokenizer(tokenizer_path), template, cfg)
+    return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
 
 
 def say(chat: Chat, text: str, retry: int = 0) -> None:
@@ -219,7 +219,7 @@ def main(cfg: SampleConfig) -> dict:
             import readline  # noqa: F401  arrow keys and history, where Python has it
         except ImportError:
             pass
-        print(f"{sum(p.numel() for p in chat.net.parameters()) / 1e6:.1f} M parameters, template {chat.template}. "
+        print(f"{model.count(chat.net.config) / 1e6:.1f} M parameters, template {chat.template}. "
               "/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
     while True:
         try:
