@@ -15,9 +15,12 @@ Letters in the shape comments: N rows (outputs), K columns (inputs) of a matrix,
 
 import json
 import math
+import os
 import pickle
 import re
 import struct
+import subprocess
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,13 +104,13 @@ def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
 
 class File:
     """One file of weights. What is read of a mapping counts as our memory until the mapping goes, so it is made
-    anew after every 64 MB."""
+    anew after every 32 MB."""
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 26:
+        if self.read > 2 ** 25:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
@@ -148,8 +151,8 @@ class Weights:
                           "files of the model")
         unknown = sorted(name for name in self.home.keys() - set(wanted) if not leftovers.search(name))
         if unknown:
-            raise Problem(f"{where} holds {len(unknown)} tensors that no LLaMA has, such as {unknown[0]}: another "
-                          "architecture")
+            raise Problem(f"{where} holds {len(unknown)} tensors that have no place in this model, such as {unknown[0]}: "
+                          "it is of another architecture, or its files are of different models")
 
 
 # -- LLaMA: three layouts of a folder ------------------------------------------------------------------------
@@ -182,6 +185,11 @@ def interleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def deinterleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Back again."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
 class Source(NamedTuple):
     """A folder that was understood. fetch(our name) reads one tensor, in our layout and the file's precision."""
     layout: str
@@ -205,17 +213,27 @@ def open_folder(folder) -> Source:
         raise Problem(f"{folder} is a LoRA adapter, not a model; merge it into {base} first")
     else:
         raise Problem(f"{folder} has none of meta.json (ours), params.json (Meta's), config.json (Hugging Face's)")
-    pieces = data.Tokenizer(source.tokenizer).vocab_size
-    rows = source.config.vocab_size
-    if not pieces <= rows < pieces + 1024:  # Vicuna v0 has one row more, chat models a few, padding up to 1023
+    pieces, rows = data.Tokenizer(source.tokenizer).vocab_size, source.config.vocab_size
+    if rows < pieces or (source.layout != "ours" and rows >= pieces + 1024):  # Vicuna v0 has one row more, others a few
         raise Problem(f"{source.tokenizer} has {pieces} pieces but the model {rows} rows: the tokenizer of another model")
     return source
 
 
-def read_json(path: Path) -> dict:
+class Settings(dict):
+    """A JSON object of somebody else's; what it should say and does not is a Problem."""
+
+    def __init__(self, path: Path, values: dict):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise Problem(f"{self.path} does not say {key}; fetch it again")
+
+
+def read_json(path: Path) -> Settings:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return Settings(path, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise Problem(f"{path} is damaged ({error}); fetch it again") from None
 
 
@@ -616,3 +634,201 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
             f.write(b"\0" * (-f.tell() % 32))
     partial.replace(path)
     return path.stat().st_size
+
+
+# -- python convert.py ... -----------------------------------------------------------------------------------
+
+def rows_of(path, template: str, tokenizer: data.Tokenizer) -> data.Rows:
+    """Rows of at most 256 tokens of a file: all of a text is scored, or the replies of conversations."""
+    if data.kind_of(data.read_records(path), path) == "text":
+        return data.windows(data.encode_text(data.read_text(path), tokenizer), 256, tokenizer.bos)
+    return data.pack([data.render(c, template, tokenizer) for c in data.load_conversations(path)], 256)
+
+
+@dataclass
+class CheckConfig:
+    ckpt: str  # a folder of ours, Meta's or Hugging Face's
+    data: str = ""  # text or conversations like those it has read; a page of Alice in Wonderland when not given
+
+
+ALICE = ("Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once "
+         "or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it.")
+
+
+@torch.inference_mode()
+def check(cfg: CheckConfig) -> dict:
+    """Loss on a few rows, against guessing, and against the same weights with the rows of q and k in other orders."""
+    net, path, meta = load(cfg.ckpt, None)
+    tokenizer, c = data.Tokenizer(path), net.config
+    if cfg.data:
+        rows = rows_of(cfg.data, meta["template"], tokenizer)
+    else:
+        rows = data.windows(data.encode_text(ALICE, tokenizer), 256, tokenizer.bos)
+    tokens, labels, segments = rows.batch(0, min(4, len(rows)))
+    turned = [(linear.weight, heads) for block in net.layers for linear, heads in
+              ((block.attention.wq, c.n_heads), (block.attention.wk, c.n_kv_heads))]
+
+    def loss(reorder: Callable = lambda weight, heads: weight) -> float:
+        kept = [weight.data for weight, _ in turned]
+        for weight, heads in turned:
+            weight.data = reorder(weight.data, heads)
+        total, count = net.nll(tokens, labels, segments=segments)
+        for (weight, _), old in zip(turned, kept):
+            weight.data = old
+        return float(total / count)
+
+    read, guess = loss(), math.log(c.vocab_size)
+    other = min(loss(interleave), loss(deinterleave))
+    print(f"{read:.2f} nats per token; guessing would be {guess:.2f}, q and k in another order {other:.2f}")
+    if other < min(read - 0.2, 0.7 * guess):
+        raise Problem(f"{cfg.ckpt}: with the rows of q and k in another order the loss is {other:.2f} instead of {read:.2f}: "
+                      "whoever converted these weights permuted them once too often or not at all")
+    if read > 0.7 * guess:
+        raise Problem(f"{cfg.ckpt}: a loss of {read:.2f} is little better than guessing ({guess:.2f}): the weights are not what "
+                      "they claim, or the tokenizer is another model's, or it never read such text (--data)")
+    print("these weights know the language")
+    return dict(loss=read, guessing=guess, permuted=other)
+
+
+@dataclass
+class GGUFConfig:
+    ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
+    out: str = ""  # the file; named after the folder when not given
+    type: Literal["f16", "q8", "q4"] = "f16"  # of the matrices
+
+
+def gguf(cfg: GGUFConfig) -> dict:
+    path = cfg.out or f"{Path(cfg.ckpt).resolve().name}-{cfg.type}.gguf"
+    size_ = write_gguf(cfg.ckpt, path, None if cfg.type == "f16" else cfg.type)
+    print(f"{path}: {size_ / 1e6:,.1f} MB. The chat template is in it: llama-cli -m {path} --jinja")
+    return dict(path=path, bytes=size_)
+
+
+@dataclass
+class QualityConfig:
+    ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
+    data: str = ""  # text or conversations nobody trained on; questions about unseen toy scenes when not given
+    questions: int = 200  # about the toy world, for the share of right answers
+    rows: int = 100  # rows of 256 tokens from --data
+
+
+PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
+              "q8": (torch.float32, "q8"), "q4": (torch.float32, "q4")}
+
+
+@torch.inference_mode()
+def quality(cfg: QualityConfig) -> dict:
+    """What fewer bits cost: perplexity, mean KL divergence from fp32, share of tokens with the same likeliest
+    successor, and (toy world) right answers. The measures llama.cpp reports for its formats."""
+    exact, tokenizer, meta = load(cfg.ckpt)
+    tokenizer, template, items = data.Tokenizer(tokenizer), meta["template"], []
+    if not cfg.data:
+        import toy
+        items = toy.test_set("scenes", cfg.questions)
+        asked = [data.Conversation([data.Turn("user" if role == "user" else "assistant", text) for role, text in i.turns])
+                 for i in items]
+        told = [data.Conversation([*c.turns, data.Turn("assistant", i.question.full)]) for c, i in zip(asked, items)]
+        rows = data.pack([data.render(c, template, tokenizer) for c in told], 256)
+    else:
+        rows = rows_of(cfg.data, template, tokenizer)
+    batches = [rows.batch(i, 1) for i in range(min(cfg.rows, len(rows)))]
+    figures = {}
+    print(f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + (f"{'right':>8}" if items else ""))
+    for name, (dtype, quantize) in PRECISIONS.items():
+        net = load(cfg.ckpt, dtype, quantize=quantize)[0]
+        nats, kl, same, count = 0.0, 0.0, 0, 0
+        for tokens, labels, segments in tqdm(batches, desc=name, leave=False):
+            wanted = labels[:, 1:] != data.IGNORE
+            if segments is not None:
+                wanted &= segments[:, 1:] == segments[:, :-1]
+            p, q = (n(tokens, segments=segments)[:, :-1][wanted].double().log_softmax(-1) for n in (exact, net))  # (.., V)
+            nats -= float(q.gather(1, tokens[:, 1:][wanted][:, None]).sum())
+            kl += float((p.exp() * (p - q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(p)
+        row = dict(bytes=size(net), perplexity=math.exp(nats / count), kl=kl / count, same_top=same / count)
+        line = f"{name:6}{size(net) / 1e6:>9.2f}{row['perplexity']:>12.4f}{row['kl']:>10.5f}{100 * row['same_top']:>9.2f}%"
+        if items:
+            replies = data.chat(net, tokenizer, template, asked, max_new_tokens=64)[0]
+            row["right"] = sum(toy.grade(i.question, r) == 1 for i, r in zip(items, replies)) / len(items)
+            line += f"{100 * row['right']:>7.1f}%"
+        print(line)
+        figures[name] = row
+    return figures
+
+
+@dataclass
+class SpeedConfig:
+    ckpt: str = ""  # a folder; random weights in TinyLlama's shape (1.1 B) when not given
+    tokens: int = 32  # written by each
+
+
+TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632, norm_eps=1e-5)
+
+
+def speed(cfg: SpeedConfig) -> dict:
+    """Tokens a second for one reader, in turn: ours in each precision, transformers and llama.cpp where installed
+    (LLAMA_CPP names the folder of npm's node-llama-cpp). Beside it what that moves: bytes of weights x tokens/s."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(cfg.ckpt or scratch)
+        if not cfg.ckpt:
+            net = model.LLaMA(model.LLaMAConfig(**TINYLLAMA)).bfloat16()
+            tokenizer = data.train_tokenizer([data.get_template("vicuna_v1.1").system] * 9, 300, folder / "words.model")
+            model.save(folder, net, dict(step=0, template="plain"), tokenizer.path)
+            del net
+        figures = {}
+
+        def report(name: str, bytes_: int, seconds: float) -> None:
+            figures[name] = dict(bytes=bytes_, tokens_per_second=1 / seconds, bytes_per_second=bytes_ / seconds)
+            print(f"{name:<20}{bytes_ / 1e9:>7.2f} GB{1 / seconds:>8.2f} tokens/s{bytes_ / seconds / 1e9:>8.1f} GB/s")
+
+        prompt = list(range(3, 19))
+        print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+        for name, (dtype, quantize) in PRECISIONS.items():
+            net = load(folder, dtype, quantize=quantize)[0]
+            matrices = size(net) - net.tok_embeddings.weight.nbytes  # of the embedding one row is read
+            report(f"ours, {name}", matrices, _seconds_a_token(net.generate([prompt], cfg.tokens + 1, stop=())))
+            c, net = net.config, None
+        try:
+            import transformers
+            shape = transformers.LlamaConfig(
+                hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, vocab_size=c.vocab_size,
+                num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, rms_norm_eps=c.norm_eps)
+            theirs = transformers.LlamaForCausalLM(shape).eval()
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                theirs = theirs.to(dtype)
+                ids = torch.tensor([prompt])
+                times = [_seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                                          min_new_tokens=n, max_new_tokens=n)) for n in (1, cfg.tokens + 1)]
+                matrices = size(theirs) - theirs.model.embed_tokens.weight.nbytes
+                report(f"transformers, {name}", matrices, (times[1] - times[0]) / cfg.tokens)
+            del theirs
+        except ImportError:
+            print("transformers is not installed")
+        if "LLAMA_CPP" in os.environ:
+            file = Path(scratch) / "speed.gguf"
+            job = dict(model=str(file), prompts=[prompt], max_tokens=cfg.tokens + 1, threads=torch.get_num_threads())
+            matrices = write_gguf(folder, file, "q4") - c.vocab_size * c.dim // 32 * BLOCKS["Q8_0"].bytes
+            report("llama.cpp, q4", matrices, llama_cpp(job)["seconds"][0])
+    return figures
+
+
+def _seconds_a_token(stream: Iterator) -> float:
+    """From the first to the last; reading the prompt is not writing."""
+    next(stream)
+    start, n = time.perf_counter(), sum(1 for _ in stream)
+    return (time.perf_counter() - start) / n
+
+
+def llama_cpp(job: dict) -> dict:
+    """What the real llama.cpp makes of a file; tests/llama_cpp.mjs describes the job."""
+    script = Path(__file__).parent / "tests" / "llama_cpp.mjs"
+    done = subprocess.run(["node", script], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        raise Problem(f"llama.cpp failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run(None, {"check": (check, CheckConfig), "gguf": (gguf, GGUFConfig), "quality": (quality, QualityConfig),
+               "speed": (speed, SpeedConfig)})
