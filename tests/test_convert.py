@@ -308,3 +308,222 @@ def test_loading_needs_the_memory_of_the_model_once(ending, tmp_path, tokenizer)
     assert not done.returncode, done.stderr
     peak, size = map(int, done.stdout.splitlines()[-1].split())
     assert 1.2e8 < size < 1.4e8 and peak < 1.5 * size, f"{peak / size:.2f} times the model"
+
+
+# -- eight and four bits -------------------------------------------------------------------------------------
+
+def awkward_rows() -> torch.Tensor:
+    """Weights that tell rounding rules apart: ties for the extreme, zeros, halves, tiny and huge blocks."""
+    x = torch.randn(64, 256)
+    x[0] = 0
+    x[1, :32] = torch.tensor([3.0, -3.0] * 16)  # which of the two extremes is taken decides the sign of d
+    x[2, :32] = torch.tensor([-3.0, 3.0] * 16)
+    x[3, :32] = torch.linspace(-127, 127, 32).round() + 0.5  # halves
+    x[3, 0] = 127
+    x[4] *= 1e-6
+    x[5] *= 1e4
+    x[6, 1:] = 0
+    return x
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_blocks_are_llama_cpps(kind):
+    """Byte for byte, against the gguf package; another rule for halves or for the sign of d changes thousands."""
+    gguf = pytest.importorskip("gguf")
+    weight = torch.cat([awkward_rows(), torch.randn(1500, 256) * torch.rand(1500, 1)])  # more than one slab
+    blocks = convert.quantize_rows(weight, kind)
+    theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
+    assert (blocks.flatten(1).numpy() == theirs).all()
+    values = gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType[kind])
+    assert (convert.dequantize(blocks).numpy() == values).all()
+
+
+def test_blocks_by_hand():
+    """The same without the package: where each weight of a block is, and what its codes mean."""
+    x = torch.zeros(1, 32)
+    x[0, [0, 1, 16, 31]] = torch.tensor([-8.0, 7.0, 1.0, -2.0])
+    block = convert.quantize_rows(x, "Q4_0")[0, 0]
+    assert block[:2].view(torch.float16) == 1  # -8 is the extreme: d = 1
+    assert block[2] == 0 | 9 << 4 and block[3] == 15 | 8 << 4 and block[17] == 8 | 6 << 4
+    assert torch.equal(convert.dequantize(block[None, None]), x)
+    x[0, :4] = torch.tensor([127.0, -126.5, 0.5, -0.5])
+    codes = convert.quantize_rows(x, "Q8_0")[0, 0, 2:].view(torch.int8)
+    assert codes[:4].tolist() == [127, -127, 1, -1]  # halves go away from zero
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("rows", [64, 97, 2080])
+def test_fast_kernel_equals_readable_blocks(kind, rows):
+    """97 rows are no multiple of sixteen; 2080 are packed in slabs. bfloat16 is all that separates the two."""
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        pytest.skip("this torch has no int4 kernel")
+    blocks = convert.quantize_rows(torch.randn(rows, 128), kind)
+    slow, fast = (convert.QuantLinear(blocks, kind, fast) for fast in (False, True))
+    for shape in ((1, 1, 128), (2, 5, 128)):
+        x = torch.randn(shape)
+        got, want = fast(x), slow(x)
+        assert got.shape == want.shape == (*shape[:2], rows)
+        assert (got - want).norm() < 0.006 * want.norm()
+        assert (fast(x.bfloat16()).float() - want).norm() < 0.006 * want.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize, bits", [("q8", 8.5), ("q4", 4.5)])
+def test_quantised_model(quantize, bits, tied, tmp_path, tokenizer, monkeypatch):
+    """Every matrix but the embedding is in blocks, and computes what its unpacked weights would."""
+    net = ours(tokenizer.vocab_size, tied=tied)
+    folder = model.save(tmp_path, net, dict(step=1, template="plain"), tokenizer.path)
+    fast, _, _ = model.load(folder, quantize=quantize)
+    monkeypatch.setattr(convert, "choose_kernel", lambda device: (False, "as the test wants"))
+    small, _, _ = model.load(folder, quantize=quantize)
+    kinds = {name: m.kind for name, m in small.named_modules() if isinstance(m, convert.QuantLinear)}
+    assert len(kinds) == 7 * 2 + 1 and not any(isinstance(m, torch.nn.Linear) for m in small.modules())
+    assert kinds.pop("output") == "Q8_0" and set(kinds.values()) == {dict(q8="Q8_0", q4="Q4_0")[quantize]}
+    w1 = net.layers[0].feed_forward.w1.weight
+    assert convert.size(small.layers[0].feed_forward.w1) * 8 == bits * w1.numel()
+    ids = some_ids(tokenizer.vocab_size)
+    expected = ours(tokenizer.vocab_size)
+    state = {name: p.clone() for name, p in net.state_dict().items()}
+    for name in [*kinds, "output"]:
+        state[name + ".weight"] = convert.dequantize(small.get_submodule(name).blocks)
+    expected.load_state_dict(state)
+    with torch.no_grad():
+        close(small(ids), expected(ids), "blocks, unpacked for every use")
+        assert not torch.allclose(small(ids), net(ids), rtol=1e-3)
+        error = (fast(ids) - expected(ids)).norm() / expected(ids).norm()
+    assert error < 0.05  # random weights magnify what bfloat16 rounds away
+    assert len(list(fast.generate([[1, 5, 7]], 5, stop=()))) == 5
+
+
+def test_kernel_is_chosen_and_the_choice_is_said():
+    fast, why = convert.choose_kernel()
+    assert fast in (True, False) and ("faster" in why if fast else "unpacked" in why)
+    assert convert.choose_kernel("cuda")[0] is False
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantize", [None, "q8", "q4"])
+def test_gguf_reads_back(quantize, tied, tmp_path, tokenizer):
+    """Every tensor, name, shape, type and key, by the gguf package's reader."""
+    gguf = pytest.importorskip("gguf")
+    net = ours(tokenizer.vocab_size + 2, tied=tied, rope_scaling=4.0)  # two rows without a piece
+    folder = model.save(tmp_path, net, dict(step=1, template="vicuna_v1.1"), tokenizer.path)
+    assert convert.write_gguf(folder, tmp_path / "m.gguf", quantize) == (tmp_path / "m.gguf").stat().st_size
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    state = dict(net.state_dict())
+    if tied:
+        del state["output.weight"]
+    assert {t.name for t in reader.tensors} == {convert.their_name(name, 1) for name in state}
+    names = {convert.their_name(name, 1): name for name in state}
+    for t in reader.tensors:
+        want = state[names[t.name]]
+        assert tuple(reversed(t.shape.tolist())) == tuple(want.shape) and t.data_offset % 32 == 0
+        vocabulary = names[t.name] in ("tok_embeddings.weight", "output.weight")
+        kind = "F32" if want.dim() == 1 else {None: "F16", "q8": "Q8_0", "q4": "Q8_0" if vocabulary else "Q4_0"}[quantize]
+        assert t.tensor_type.name == kind, t.name
+        assert (t.data.tobytes() == gguf.quants.quantize(want.numpy(), t.tensor_type).tobytes()), t.name
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    assert keys["general.architecture"] == "llama" and keys["llama.attention.head_count_kv"] == 2
+    assert keys["llama.rope.scaling.factor"] == 4 and keys["llama.rope.dimension_count"] == 16
+    assert keys["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
+    assert len(set(keys["tokenizer.ggml.tokens"])) == tokenizer.vocab_size + 2
+    assert keys["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and keys["tokenizer.ggml.token_type"][-2:] == [5, 5]
+
+
+CHATS = [[("user", "Hi")], [("user", "Hi"), ("assistant", "Hello there."), ("user", "Who's \"x\"?\n{{ 7 }} </b>")]]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1.1", "alpaca", "plain"])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("chat", CHATS)
+def test_chat_template_spells_what_render_does(name, system, chat, tokenizer):
+    """As text: the tokens are compared with llama.cpp's below."""
+    jinja2 = pytest.importorskip("jinja2")
+    messages = [dict(role=role, content=text) for role, text in chat]
+    turns = [data.Turn(role, text) for role, text in chat]
+    ids = data.render(data.Conversation(turns, system=system), name, tokenizer).tokens
+    if system:
+        messages.insert(0, dict(role="system", content=system))
+    text = jinja2.Template(convert.jinja(name)).render(messages=messages)
+    assert "<s>" + text.replace(" ", "") == data.spell(tokenizer, ids).replace(" ", "")  # spaces: SentencePiece's
+
+
+# -- the real llama.cpp --------------------------------------------------------------------------------------
+
+needs_llama_cpp = pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of node-llama-cpp")
+ODD = ["", " ", "  two", "tab\tand\nlines\r\n\n\n", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧", "a\u00a0b", "1234567890", "x" * 300,
+       "</s> <s> <unk> <0x0A>", "USER: hi ASSISTANT:", "\u200bzero", "İstanbul ﬁ", "end ", "…“quotes”…", "\x00\x01", "مرحبا"]
+
+
+def varied_texts(n: int = 200) -> list[str]:
+    """Odd ones, and pieces of this file joined in random order."""
+    words = Path(__file__).read_text(encoding="utf-8").split(" ")
+    random = np.random.default_rng(0)
+    return ODD + [" ".join(random.choice(words, random.integers(1, 30))) for _ in range(n - len(ODD))]
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """The model that is exported: the committed one, or CKPT (a larger tokenizer is a harder test)."""
+    return os.environ.get("CKPT", str(MICRO))
+
+
+@needs_llama_cpp
+@torch.no_grad()
+def test_llama_cpp_reads_and_says_the_same(talker, tmp_path):
+    """F16: 200 strings give the same ids, and five prompts the same 50 greedy tokens."""
+    net, path, meta = model.load(talker)
+    tokenizer, texts = data.Tokenizer(path), varied_texts()
+    questions = ["Who are you?", "Tell me a story.", "There is a small red square on the left. What is on the left?",
+                 "What is three plus four?", "Hello! My name is Ada."]
+    prompts = [data.render(data.Conversation([data.Turn("user", q)]), meta["template"], tokenizer).tokens for q in questions]
+    convert.write_gguf(talker, tmp_path / "m.gguf")
+    said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, prompts=prompts, max_tokens=50))
+    assert said["template"] == convert.jinja(meta["template"])
+    for text, ids in zip(texts, said["tokens"]):
+        assert ids == tokenizer.encode(text), text
+    same = 0
+    for prompt, theirs in zip(prompts, said["replies"]):
+        own = [i for (i,) in net.generate([prompt], len(theirs), stop=())]
+        apart = next((i for i in range(len(own)) if own[i] != theirs[i]), None)
+        same += apart is None
+        if apart is not None:  # only a tie may be broken in another way: llama.cpp computes in half precision
+            logits = net(torch.tensor([prompt + own[:apart]]), last_only=True)[0, -1]
+            assert float(logits[own[apart]] - logits[theirs[apart]]) < 0.005, (own, theirs)
+    assert len(own) == 50 and same >= 4
+
+
+@needs_llama_cpp
+def test_llama_cpp_renders_the_same_prompt(talker, tmp_path):
+    """The chat template's text, tokenised by llama.cpp with </s> as one piece, is what the model was trained on."""
+    jinja2 = pytest.importorskip("jinja2")
+    tokenizer = data.Tokenizer(model.load(talker)[1])
+    convert.write_gguf(talker, tmp_path / "m.gguf")
+    texts = [jinja2.Template(convert.jinja("vicuna_v1.1")).render(messages=[dict(role=r, content=t) for r, t in chat])
+             for chat in CHATS]
+    said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, special=True))
+    for chat, ids in zip(CHATS, said["tokens"]):
+        ours = data.render(data.Conversation([data.Turn(r, t) for r, t in chat]), "vicuna_v1.1", tokenizer).tokens
+        assert [tokenizer.bos, *ids] == ours
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("quantize", ["q8", "q4"])
+def test_llama_cpp_agrees_on_fewer_bits(quantize, talker, tmp_path):
+    """The same blocks, multiplied by other kernels (llama.cpp rounds activations to 8 bits): perplexity within 1 %."""
+    net, path, meta = model.load(talker, quantize=quantize)
+    tokenizer = data.Tokenizer(path)
+    import toy
+    rows = []
+    for item in toy.test_set("scenes", 12):
+        turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
+        turns.append(data.Turn("assistant", item.question.full))
+        rows.append(data.render(data.Conversation(turns), meta["template"], tokenizer).tokens[:net.config.max_seq_len])
+    convert.write_gguf(talker, tmp_path / "m.gguf", quantize)
+    theirs = sum(sum(nll) for nll in convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), score=rows))["nll"])
+    with torch.no_grad():
+        own = sum(float(net.nll(torch.tensor([row]), torch.tensor([row]))[0]) for row in rows)
+    count = sum(len(row) - 1 for row in rows)
+    assert abs(math.exp((theirs - own) / count) - 1) < 0.01, (theirs / count, own / count)
