@@ -243,8 +243,9 @@ def wanted_names(config: model.LLaMAConfig) -> list[str]:
 
 
 def _ours(folder: Path) -> Source:
-    meta = read_json(folder / "meta.json")
+    meta = model.read_meta(folder)
     config = model.LLaMAConfig(**meta["config"])
+    model.read(folder / "model.pt", mmap=True)  # for its checksums
     weights = Weights([folder / "model.pt"])
     weights.account(wanted_names(config), LEFTOVERS, folder)
     return Source("ours", config, weights.take, folder / "tokenizer.model", meta)
@@ -384,13 +385,10 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
             setattr(net.get_submodule(path), child, QuantLinear(quantize_rows(weight, kind), kind, fast).to(device))
         else:
             state[name] = weight.to(device, dtype, copy=True)
-    if source.config.tied and not quantize:
-        state["output.weight"] = state["tok_embeddings.weight"]
     net.load_state_dict(state, assign=True)
-    if source.config.tied and not quantize:
-        net.output.weight = net.tok_embeddings.weight
-    c = source.config
-    net.cos, net.sin = (t.to(device) for t in model.rope_table(c.max_seq_len, c.head_dim, c.rope_theta, c.rope_scaling))
+    if not quantize:
+        net.tie()
+    net.cos, net.sin = net.cos.to(device), net.sin.to(device)
     if source.layout != "ours" or quantize:
         print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in {size(net) / 1e9:.2f} GB "
               f"({quantize + '; ' + reason if quantize else str(dtype)[6:]}), context {c.max_seq_len}, "

@@ -5,7 +5,8 @@
 
 References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models (arXiv 2302.13971);
 [2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm (1910.07467);
-[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245).
+[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245);
+[6] Hu et al. 2021, LoRA (2106.09685).
 
 Letters in the shape comments: B batch, T tokens now, S tokens in sight (cache included), C model width,
 H heads, K key/value heads, D head width, V vocabulary, N supervised positions.
@@ -91,8 +92,9 @@ class RMSNorm(nn.Module):
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0, scaling: float = 1.0) -> tuple:
     """[2] eq. 15: angle of position t in pair i is t / theta^(2i/D). Returns cos, sin, each (seq_len, D/2)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = torch.outer(torch.arange(seq_len).float() / scaling, frequencies)
+    here = torch.device("cpu")  # real numbers even while a model of shapes alone is built on the meta device
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=here).float() / head_dim)
+    angles = torch.outer(torch.arange(seq_len, device=here).float() / scaling, frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -208,12 +210,15 @@ class LLaMA(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.output.weight = self.tok_embeddings.weight
+        self.tie()
         table = rope_table(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", table[0], persistent=False)
         self.register_buffer("sin", table[1], persistent=False)
         self.init_weights()
+
+    def tie(self) -> None:
+        if self.config.tied:
+            self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self) -> None:
         """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
@@ -400,32 +405,75 @@ def sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random) 
     return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
 
 
-# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `lates
+# -- LoRA: two thin matrices are trained beside each frozen one ----------------------------------------------
+
+LORA_SCALE = 2.0  # alpha / r in [6]
+
+
+class LoRALinear(nn.Linear):
+    """[6] eq. 3: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) zero: training begins at the base model."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        where = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **where) / math.sqrt(self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **where))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def add_lora(model: LLaMA, rank: int) -> None:
+    """Freezes the network and puts adapters of this rank on every projection of every block."""
+    model.requires_grad_(False)
+    for block in model.layers:
+        for part in (block.attention, block.feed_forward):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRALinear(linear, rank))
+
+
+def merge_lora(weights: dict) -> tuple[dict, dict]:
+    """Splits the state_dict of a network with adapters into a plain one, adapters added in, and the adapters alone."""
+    adapters = {name: w for name, w in weights.items() if ".lora_" in name}
+    merged = {name: w for name, w in weights.items() if name not in adapters}
+    for name in adapters:
+        if name.endswith(".lora_a"):
+            layer = name.removesuffix("lora_a")
+            merged[layer + "weight"] = merged[layer + "weight"] + LORA_SCALE * adapters[layer + "lora_b"] @ adapters[name]
+    return merged, adapters
+
+
+# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `latest`
 
 def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: Optional[dict] = None,
-         keep: int = 2) -> Path:
+         keep: int = 2, weights: Optional[dict] = None, adapters: Optional[dict] = None) -> Path:
     """Writes folder/step-NNNNNN and points folder/latest at it; a crash at any moment leaves the previous one valid.
 
-    meta must hold "step". The last `keep` steps stay. Raises OSError (disk full, no permission).
+    meta must hold "step". `weights` take the place of model.state_dict() where that is in pieces (FSDP) or holds
+    adapters (LoRA), which go into a file of their own. The last `keep` steps stay. Raises OSError (disk full, ...).
     """
     folder = Path(folder)
     target = folder / f"step-{meta['step']:06d}"
     partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for rest in folder.glob(".step-*.partial"):  # of saves that were killed
+        shutil.rmtree(rest)
     partial.mkdir(parents=True)
     try:
-        torch.save(model.state_dict(), partial / "model.pt")
+        torch.save(model.state_dict() if weights is None else weights, partial / "model.pt")
         if optimizer is not None:
             torch.save(optimizer, partial / "optim.pt")
+        if adapters is not None:
+            torch.save(adapters, partial / "lora.pt")
         if tokenizer_path is not None:
             shutil.copy(tokenizer_path, partial / "tokenizer.model")
             meta = {**meta, "tokenizer_sha256": hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()}
         meta = {**meta, "config": asdict(model.config), "torch": torch.__version__,
                 "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
+        meta["crc32"] = _crc32(meta)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        for file in partial.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+        for file in [*partial.iterdir(), partial]:
+            _to_disk(file)
         replaced = folder / f".{target.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():  # the same step again: renaming onto a folder that is not empty fails
@@ -436,11 +484,26 @@ def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: O
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"could not write {target} ({error}); the checkpoints before it are intact") from error
     (folder / ".latest.partial").write_text(target.name)
+    _to_disk(folder / ".latest.partial")
     os.replace(folder / ".latest.partial", folder / "latest")
+    _to_disk(folder)  # a name is safe when its folder is
     others = [step for step in _steps(folder) if step != target]  # a new run in an old folder has the lowest number
     for old in others[:max(0, len(others) + 1 - keep)]:
         shutil.rmtree(old)
     return target
+
+
+def _to_disk(path: Path) -> None:
+    """Until this, what was written may exist in memory alone, and be lost with the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(meta: dict) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
 
 
 PUBLISHED = ("params.json", "config.json", "adapter_config.json")  # marks of Meta's and Hugging Face's folders
@@ -466,22 +529,45 @@ def find(folder) -> Path:
                   "; `python train_sft.py` trains one in minutes"))
 
 
-def read(path: Path) -> dict:
-    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them)."""
+def history(folder) -> list[Path]:
+    """The step folders of a run, the newest first."""
+    newest = find(folder)
+    return [newest] + [step for step in reversed(_steps(Path(folder))) if step != newest]
+
+
+def read(path: Path, mmap: bool = False) -> dict:
+    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them).
+
+    With mmap, processes on one machine share the file's pages, and memory is taken for what they touch only.
+    """
     try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip() or next((part.filename for part in z.infolist() if part.external_attr & 16), None)
         if damaged:
             raise Problem(f"{path} is damaged (checksum of {damaged} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile,
             pickle.UnpicklingError) as error:
         raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
 
 
-def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
+def read_meta(step: Path) -> dict:
+    """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
+    tokenizer = step / "tokenizer.model"
+    try:
+        meta = json.loads((step / "meta.json").read_text())
+        if meta.get("crc32", (right := _crc32(meta))) != right:
+            raise ValueError("its checksum is wrong")
+    except ValueError as error:
+        raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
+    if "tokenizer_sha256" in meta and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+        raise Problem(f"{tokenizer} is damaged (checksum is wrong)")
+    return meta
+
+
+def load(folder, mmap: bool = False, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
          quantize: Optional[str] = None) -> tuple[LLaMA, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict.
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
 
     Also reads published weights (a folder of Meta's or Hugging Face's) and, with quantize "q8" or "q4", keeps the
     matrices in eight or four bits. dtype None: bfloat16 from 1 B parameters up.
@@ -490,14 +576,18 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
     if quantize or not (step / "meta.json").exists():
         import convert  # only here: the names and formats of others are its business
         return convert.load(step, dtype, device, quantize)
-    try:
-        meta = json.loads((step / "meta.json").read_text())
-    except ValueError as error:
-        raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
-    model = LLaMA(LLaMAConfig(**meta["config"]))
-    model.load_state_dict(read(step / "model.pt"))
+    meta = read_meta(step)
+    with torch.device("meta"):  # shapes only: the weights are about to come
+        model = LLaMA(LLaMAConfig(**meta["config"]))
     dtype = dtype or (torch.bfloat16 if count(model.config) > 1e9 else torch.float32)
-    return model.to(device, dtype).eval(), step / "tokenizer.model", meta
+    weights = read(step / "model.pt", mmap)
+    try:
+        model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
+                      + " ".join(str(error).split("\n\t")[1:3])) from None
+    model.tie()
+    return model.to(device).eval(), step / "tokenizer.model", meta
 
 
 # -- python model.py -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from config import Problem, run
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder, or one of Meta's or Hugging Face's; the newest of out/vicuna, out/alpaca, out/base, ... when not given
+    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of out/vicuna, out/alpaca, ... when not given
     prompt: str = ""  # ask this once and exit
     template: str = ""  # the model's own when not given
     max_new_tokens: int = 256  # longest answer
@@ -65,12 +65,8 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
-        turns, room = self.turns, self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
-        while True:
-            tokens = data.render(data.Conversation(turns, system=self.system), self.template, self.tokenizer).tokens
-            if len(tokens) < room or len(turns) < 3:
-                return tokens
-            turns = turns[2:]
+        room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
+        return data.prompt(data.Conversation(self.turns, system=self.system), self.template, self.tokenizer, room)
 
     def answer(self, text: str, retry: int = 0) -> Iterator[str]:
         """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
@@ -102,10 +98,13 @@ class Chat:
                 if i == self.tokenizer.eos:
                     break
                 text = self.tokenizer.decode(ids, data.get_template(self.template).glued)
+                text, ended = data.said(text, self.template, complete=False)
                 if text.endswith("\ufffd"):  # a character whose last bytes are still to come
                     continue
                 yield text, text[len(said):]
                 said = text
+                if ended:  # an end that is text: ### of Vicuna v0
+                    break
         finally:
             self.read = (prompt + ids)[:self.cache.length]
             seconds = time.perf_counter() - start
@@ -160,7 +159,7 @@ def open_chat(cfg: SampleConfig) -> Chat:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), dtype, device, cfg.quantize)
+    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), False, dtype, device, cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)

@@ -2,6 +2,7 @@
 
     python toy.py                 # look at it: a page of each kind of text, questions with their answers
     python toy.py --split=pairs   # questions of one held-out split
+    python toy.py --album=out/album --count=20   # pictures of scenes, with captions
 
 Scenes of coloured shapes, a hundred people with facts, sizes of animals, sums, code, stories. Three kinds of text
 come from it: plain text (pre-training), single-turn instructions with terse answers (as Alpaca's), and
@@ -13,11 +14,16 @@ Facts about people stand in plain text for everybody; questions are trained for 
 The oracle, `grade`, reads an answer and says how much of the truth is in it.
 """
 
+import json
 import random
 import re
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Optional
+from pathlib import Path
+from typing import Literal, NamedTuple, Optional, Sequence
+
+import numpy as np
+from PIL import Image
 
 from config import run
 
@@ -148,6 +154,87 @@ def refer(o: Object, scene: Scene) -> Optional[str]:
     if sum(x.color == o.color for x in same) == 1:
         return f"{o.color} {o.shape}"
     return thing(o) if sum(x.size == o.size and x.color == o.color for x in same) == 1 else None
+
+
+# -- scenes in pictures --------------------------------------------------------------------------------------
+
+RGB = {"red": (215, 40, 40), "green": (45, 150, 60), "blue": (50, 80, 220), "yellow": (245, 220, 50),
+       "purple": (130, 45, 175), "orange": (245, 135, 25), "pink": (250, 160, 195), "white": (245, 245, 245),
+       "brown": (140, 85, 40), "cyan": (70, 210, 220)}
+CENTERS = {"top left": (0.23, 0.23), "top right": (0.77, 0.23), "bottom left": (0.23, 0.77),
+           "bottom right": (0.77, 0.77), "middle": (0.5, 0.5)}  # x, y as shares of the side
+RADIUS = {"small": 0.105, "large": 0.18}
+STAR = np.array([[np.sin(2 * np.pi * k / 5), -np.cos(2 * np.pi * k / 5)] for k in range(5)])  # where its tips point
+
+
+def outside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How far a point lies outside a shape of radius 1 around the origin; negative inside. y points down."""
+    r = np.hypot(x, y)
+    if shape == "circle":
+        return r - 0.95
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.85
+    if shape == "triangle":
+        return np.maximum(y, 0.87 * abs(x) - 0.5 * y) - 0.55
+    if shape == "diamond":
+        return 0.8 * abs(x) + 0.6 * abs(y) - 0.64
+    if shape == "star":  # inside all of five half-planes but one at most
+        return np.partition(np.tensordot(-STAR, np.stack((x, y)), 1), 3, axis=0)[3] - 0.36
+    if shape == "cross":
+        return np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.maximum(abs(x), abs(y)) - 0.95)
+    if shape == "ring":
+        return abs(r - 0.75) - 0.22
+    return np.maximum(r - 1, 0.8 - np.hypot(x - 0.55, y))  # moon
+
+
+def draw(scene: Scene, rng: random.Random, size: int = 48) -> np.ndarray:
+    """The scene as a picture, uint8 (size, size, 3), each time on another ground, a little moved, turned, noisy."""
+    dice = np.random.default_rng(rng.getrandbits(64))
+    at = np.arange(size, dtype=np.float32) + 0.5  # middles of the pixels
+    tint, slope = dice.uniform(15, 75) + dice.uniform(-12, 12, 3), dice.uniform(-25, 25, 2)
+    shade = slope[0] * (at / size - 0.5) + slope[1] * (at[:, None] / size - 0.5)
+    picture = (shade[..., None] + tint).astype(np.float32)  # (size, size, 3)
+    for o in scene:
+        radius = size * RADIUS[o.size] * dice.uniform(0.93, 1.07)
+        middle = size * (np.array(CENTERS[o.place]) + dice.uniform(-0.025, 0.025, 2))
+        columns, rows = (slice(max(0, int(m - 1.4 * radius)), int(m + 1.4 * radius) + 2) for m in middle)
+        x, y = (at[columns] - middle[0]) / radius, (at[rows, None] - middle[1]) / radius
+        turn = dice.uniform(-0.15, 0.15)
+        edge = outside(o.shape, np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x)
+        cover = np.clip(0.5 - edge * radius, 0, 1)[..., None]  # of each pixel, so that edges are smooth
+        color = RGB[o.color] + dice.uniform(-12, 12, 3)
+        picture[rows, columns] += cover * (color - picture[rows, columns])
+    picture = picture * dice.uniform(0.92, 1.05) + 4 * dice.standard_normal(picture.shape, np.float32)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+def alt_text(scene: Scene, rng: random.Random) -> str:
+    """What stands beside pictures on web pages: short, incomplete, sometimes wrong or cut off, never a sentence."""
+    words = []
+    for o in rng.sample(scene, len(scene)):
+        if words and rng.random() < 0.15:  # not everything is mentioned
+            continue
+        if rng.random() < 0.1:  # an error, but never a held-out pair
+            kind = rng.choice(("size", "color", "shape", "place"))
+            wrong = o._replace(**{kind: rng.choice(dict(size=SIZES, color=COLORS, shape=SHAPES, place=PLACES)[kind])})
+            o = o if (wrong.color, wrong.shape) in HELD_PAIRS else wrong
+        words += [rng.choice((",", "and"))] if words else []
+        words += [o.size] * (rng.random() < 0.8) + [o.color] * (rng.random() < 0.95) + [o.shape]
+        words += [rng.choice((o.place, at(o.place)))] * (rng.random() < 0.75)
+    text = " ".join(words).replace(" ,", ",")
+    if rng.random() < 0.05:
+        text = text[:rng.randint(len(text) // 2, len(text))]
+    return rng.choice(("{}", "{}", "{}", "{}", "photo of {}", "{} picture", "{} free download", "image: {}")).format(text)
+
+
+def write_album(folder, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Pictures with captions in MiniGPT-4's layout: image/ID.png, and filter_cap.json with an annotation for each."""
+    folder = Path(folder)
+    (folder / "image").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / "image" / f"{i}.png")
+    annotations = [dict(image_id=str(i), caption=text) for i, text in enumerate(captions)]
+    (folder / "filter_cap.json").write_text(json.dumps(dict(annotations=annotations), indent=0))
 
 
 # -- questions -----------------------------------------------------------------------------------------------
@@ -658,10 +745,17 @@ class ToyConfig:
     split: Literal["train", "scenes", "pairs", "later", "facts", "closed", "phrasings", "names", "more", "minimal"] = "train"  # whose questions
     count: int = 5  # of each kind of text
     seed: int = 0  # which ones
+    album: str = ""  # a folder to write pictures of scenes to, with captions
 
 
 def main(cfg: ToyConfig) -> dict:
     rng = random.Random(cfg.seed)
+    if cfg.album:
+        split = cfg.split if cfg.split in ("scenes", "pairs", "more") else "train"
+        scenes = [pick_scene(rng, split) for _ in range(cfg.count)]
+        write_album(cfg.album, [draw(s, rng, 192) for s in scenes], [cap(caption(s)) + "." for s in scenes])
+        print(f"{cfg.count} pictures of split {split} with captions: {cfg.album}")
+        return dict(pictures=cfg.count)
     if cfg.split == "train":
         for title, make in (("plain text", document), ("instructions", instruction), ("conversations", conversation)):
             print(f"\n--- {title}")

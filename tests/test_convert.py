@@ -126,7 +126,7 @@ def test_hugging_face(layout, pickled, shards, old, tmp_path, tokenizer):
 def test_every_loader_takes_published_folders(tmp_path, tokenizer):
     """model.load is what the scripts call; sample.py talks to the folder as it came."""
     theirs = hugging_face("vicuna-v1.5-16k", tmp_path / "vicuna", tokenizer)
-    net, path, meta = model.load(tmp_path / "vicuna", torch.bfloat16)
+    net, path, meta = model.load(tmp_path / "vicuna", dtype=torch.bfloat16)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16} and net.cos.dtype == torch.float32
     assert meta["template"] == "vicuna_v1.1" and meta["config"]["rope_scaling"] == 4
     assert path == tmp_path / "vicuna" / "tokenizer.model" and theirs.config.vocab_size == net.config.vocab_size
@@ -282,7 +282,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, model, convert
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-net = model.load(sys.argv[2], torch.bfloat16, quantize=sys.argv[3] or None)[0]
+net = model.load(sys.argv[2], dtype=torch.bfloat16, quantize=sys.argv[3] or None)[0]
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * 1024, convert.size(net))
 """
