@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import model
+import vision
 from config import Problem, run
 
 # -- files: tensors by name, mapped from the disk ------------------------------------------------------------
@@ -367,25 +368,12 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
     dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks.
     """
     source = open_folder(folder)
-    count = model.count(source.config)
+    c, count = source.config, model.count(source.config)
     dtype = dtype or (torch.bfloat16 if count > 1e9 else torch.float32)
     with torch.device("meta"):
-        net = model.LLaMA(source.config)
+        net = model.LLaMA(c)
     fast, reason = choose_kernel(device) if quantize else (False, "")
-    state = {}
-    shapes = {name: p.shape for name, p in net.state_dict().items()}
-    for name in tqdm(shapes, desc=f"reading {folder}", leave=False, disable=count < 1e8):
-        weight = source.fetch(name)
-        if weight.shape != shapes[name]:
-            raise Problem(f"{folder}: {name} is {tuple(weight.shape)}, but this model needs {tuple(shapes[name])}; the files "
-                          "do not belong together")
-        kind = block_type(name, weight.shape, quantize)
-        if kind in BLOCKS and name != "tok_embeddings.weight":
-            path, _, child = name.removesuffix(".weight").rpartition(".")
-            setattr(net.get_submodule(path), child, QuantLinear(quantize_rows(weight, kind), kind, fast).to(device))
-        else:
-            state[name] = weight.to(device, dtype, copy=True)
-    net.load_state_dict(state, assign=True)
+    fill(net, source.fetch, folder, dtype, device, quantize, fast)
     if not quantize:
         net.tie()
     net.cos, net.sin = net.cos.to(device), net.sin.to(device)
@@ -394,6 +382,25 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
               f"({quantize + '; ' + reason if quantize else str(dtype)[6:]}), context {c.max_seq_len}, "
               f"template {source.meta['template']}")
     return net.eval(), source.tokenizer, {**source.meta, "config": asdict(c)}
+
+
+def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device="cpu", quantize: Optional[str] = None,
+         fast: bool = False) -> None:
+    """Gives a network on the meta device its weights, one after the other."""
+    shapes, state = {name: p.shape for name, p in net.state_dict().items()}, {}
+    large = sum(s.numel() for s in shapes.values()) > 1e8
+    for name in tqdm(shapes, desc=f"reading {where}", leave=False, disable=not large):
+        weight = fetch(name)
+        if weight.shape != shapes[name]:
+            raise Problem(f"{where}: {name} is {tuple(weight.shape)}, but this model needs {tuple(shapes[name])}; the files "
+                          "do not belong together")
+        kind = block_type(name, weight.shape, quantize)
+        if kind in BLOCKS and name != "tok_embeddings.weight":
+            path, _, child = name.removesuffix(".weight").rpartition(".")
+            setattr(net.get_submodule(path), child, QuantLinear(quantize_rows(weight, kind), kind, fast).to(device))
+        else:
+            state[name] = weight.to(device, dtype, copy=True)
+    net.load_state_dict(state, assign=True)
 
 
 def load_llama(folder, **options) -> tuple[model.LLaMA, data.Tokenizer]:
@@ -406,6 +413,89 @@ def size(net: nn.Module) -> int:
     """Bytes of everything that a forward pass reads."""
     tensors = {t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}
     return sum(tensors.values())
+
+
+# -- MiniGPT-4: EVA's file, BLIP-2's, and its own ------------------------------------------------------------
+
+# Each file: how it is called, our name -> theirs, and what else it is known to hold.
+BLIP2_NAMES = [(r"^norm\.", "Qformer.bert.embeddings.LayerNorm."), (r"^layers\.", "Qformer.bert.encoder.layer."),
+               (r"self_attention\.", "attention."), (r"cross_attention\.", "crossattention."),
+               (r"attention\.(query|key|value)\.", r"attention.self.\1."), (r"attention\.dense\.", "attention.output.dense."),
+               (r"attention\.norm\.", "attention.output.LayerNorm."), (r"mlp\.fc1\.", "intermediate_query.dense."),
+               (r"mlp\.fc2\.", "output_query.dense."), (r"(layer\.\d+)\.norm\.", r"\1.output_query.LayerNorm.")]
+BLIP2_LEFTOVERS = re.compile(  # the projection to T5 or OPT; in the stage-1 file also the text branch and the heads
+    r"^(t5|opt|llm)_proj\.|position_ids$|^Qformer\.(cls\.|bert\.embeddings\.(word|position)_embeddings\.)"
+    r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|^(vision_proj|text_proj|itm_head)\.|^temp$")
+MINIGPT4_LEFTOVERS = re.compile(r"position_ids$|inv_freq$")  # buffers that nobody filtered out
+FILES = {"EVA's ViT": "eva_vit_g*.pth", "BLIP-2's Q-Former": "blip2_pretrained*.pth",
+         "MiniGPT-4's projection": "*rained_minigpt4*.pth"}  # the 7B file is spelt "prerained"
+
+
+def blip2_name(ours: str) -> str:
+    for pattern, theirs in BLIP2_NAMES:
+        ours = re.sub(pattern, theirs, ours)
+    return ours
+
+
+def load_vit(path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> vision.ViT:
+    """EVA's ViT-g without its last block: BLIP-2 takes what stands before it."""
+    weights = Weights([Path(path)])
+    weights.account(["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"], re.compile(""), path)
+    dim, _, patch, _ = weights.shape("patch_embed.proj.weight")
+    last = max(int(name.split(".")[1]) for name in weights.home if name.startswith("blocks."))
+    config = vision.ViTConfig(
+        image_size=patch * math.isqrt(weights.shape("pos_embed")[1] - 1), patch_size=patch, dim=dim, n_layers=last + 1,
+        n_heads=dim // 88, hidden_dim=weights.shape("blocks.0.mlp.fc1.weight")[0], penultimate=True)
+    with torch.device("meta"):
+        vit = vision.ViT(config)
+    weights.account(list(vit.state_dict()), re.compile(rf"^blocks\.{last}\.|^(norm|fc_norm|head)\."), path)
+    fill(vit, weights.take, path, dtype, device)
+    return vit.eval()
+
+
+def load_qformer(path, device: str = "cpu") -> vision.QFormer:
+    """BLIP-2's Q-Former, its queries and the norm before it; float32, as published."""
+    weights = Weights([Path(path)])
+    cross, fc1 = "layers.0.cross_attention.key.weight", "layers.0.mlp.fc1.weight"
+    weights.account(["query_tokens", blip2_name(cross), blip2_name(fc1)], re.compile(""), path)
+    _, n_queries, dim = weights.shape("query_tokens")
+    layers = {int(n[0]) for name in weights.home if (n := re.findall(r"^Qformer\.bert\.encoder\.layer\.(\d+)", name))}
+    config = vision.QFormerConfig(
+        vision_dim=weights.shape(blip2_name(cross))[1], dim=dim, n_layers=max(layers) + 1, n_heads=dim // 64,
+        hidden_dim=weights.shape(blip2_name(fc1))[0], n_queries=n_queries)
+    with torch.device("meta"):
+        qformer = vision.QFormer(config)
+    weights.account([blip2_name(name) for name in qformer.state_dict()], BLIP2_LEFTOVERS, path)
+    fill(qformer, lambda name: weights.take(blip2_name(name)), path, torch.float32, device)
+    return qformer.eval()
+
+
+def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
+                  quantize: Optional[str] = None) -> tuple[vision.MiniGPT4, Path, dict]:
+    """A folder with the four downloads under their published names: eva_vit_g.pth, blip2_pretrained_flant5xxl.pth,
+    pretrained_minigpt4.pth, and the folder of the language model. Returns what model.load does."""
+    folder, paths = Path(folder), {}
+    for part, name in FILES.items():
+        found = sorted(folder.glob(name))
+        if len(found) != 1:
+            raise Problem(f"{folder} holds {len(found) or 'no'} files {name} ({part}); exactly one is needed")
+        paths[part] = found[0]
+    llamas = [f.parent for mark in model.PUBLISHED[:2] for f in sorted(folder.glob(f"*/{mark}"))]
+    if len(llamas) != 1:
+        raise Problem(f"{folder} holds {len(llamas) or 'no'} folders of a language model (Vicuna); exactly one is needed")
+    own = paths["MiniGPT-4's projection"]
+    weights = Weights([own])  # first: what does not fit should be known before 13 GB are read
+    weights.account(["llama_proj.weight", "llama_proj.bias"], MINIGPT4_LEFTOVERS, own)
+    width, needed = weights.shape("llama_proj.weight")[0], open_folder(llamas[0]).config.dim
+    if width != needed:
+        raise Problem(f"{own} projects to width {width}, but the language model {llamas[0]} has width {needed}: the "
+                      "projections for 7B (4096) and 13B (5120) are different files; fetch the other one")
+    llama, tokenizer, meta = load(llamas[0], dtype, device, quantize)
+    eyes = load_vit(paths["EVA's ViT"], llama.tok_embeddings.weight.dtype, device)
+    net = vision.MiniGPT4(llama, eyes, load_qformer(paths["BLIP-2's Q-Former"], device))
+    state = {name: weights.take(f"llama_proj.{name}").to(device, torch.float32, copy=True) for name in ("weight", "bias")}
+    net.llama_proj.load_state_dict(state, assign=True)
+    return net.eval(), tokenizer, meta
 
 
 # -- eight and four bits: llama.cpp's blocks -----------------------------------------------------------------
@@ -800,7 +890,7 @@ def speed(cfg: SpeedConfig) -> dict:
                                                           min_new_tokens=n, max_new_tokens=n)) for n in (1, cfg.tokens + 1)]
                 matrices = size(theirs) - theirs.model.embed_tokens.weight.nbytes
                 report(f"transformers, {name}", matrices, (times[1] - times[0]) / cfg.tokens)
-            del theirs
+            theirs = None
         except ImportError:
             print("transformers is not installed")
         if "LLAMA_CPP" in os.environ:

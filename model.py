@@ -565,29 +565,26 @@ def read_meta(step: Path) -> dict:
     return meta
 
 
-def load(folder, mmap: bool = False, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
-         quantize: Optional[str] = None) -> tuple[LLaMA, Path, dict]:
+def load(folder, mmap: bool = False, **options) -> tuple[LLaMA, Path, dict]:
     """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
 
-    Also reads published weights (a folder of Meta's or Hugging Face's) and, with quantize "q8" or "q4", keeps the
-    matrices in eight or four bits. dtype None: bfloat16 from 1 B parameters up.
+    Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are for
+    convert.load, which reads one tensor at a time.
     """
     step = find(folder)
-    if quantize or not (step / "meta.json").exists():
+    if options or not (step / "meta.json").exists():
         import convert  # only here: the names and formats of others are its business
-        return convert.load(step, dtype, device, quantize)
+        return convert.load(step, **options)
     meta = read_meta(step)
     with torch.device("meta"):  # shapes only: the weights are about to come
         model = LLaMA(LLaMAConfig(**meta["config"]))
-    dtype = dtype or (torch.bfloat16 if count(model.config) > 1e9 else torch.float32)
-    weights = read(step / "model.pt", mmap)
     try:
-        model.load_state_dict({name: w.to(device, dtype) for name, w in weights.items()}, assign=True)
+        model.load_state_dict({name: w.float() for name, w in read(step / "model.pt", mmap).items()}, assign=True)
     except RuntimeError as error:
         raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
                       + " ".join(str(error).split("\n\t")[1:3])) from None
     model.tie()
-    return model.to(device).eval(), step / "tokenizer.model", meta
+    return model.eval(), step / "tokenizer.model", meta
 
 
 # -- python model.py -----------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def open_chat(cfg: SampleConfig) -> Chat:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), False, dtype, device, cfg.quantize)
+    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), dtype=dtype, device=device, quantize=cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)

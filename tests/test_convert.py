@@ -8,8 +8,7 @@
 import json
 import math
 import os
-import pickle
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import convert
 import data
 import model
 import sample
+import vision
 from test_model import close
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,6 +448,127 @@ def test_chat_template_spells_what_render_does(name, system, chat, tokenizer):
         messages.insert(0, dict(role="system", content=system))
     text = jinja2.Template(convert.jinja(name)).render(messages=messages)
     assert "<s>" + text.replace(" ", "") == data.spell(tokenizer, ids).replace(" ", "")  # spaces: SentencePiece's
+
+
+# -- MiniGPT-4: the four published files ---------------------------------------------------------------------
+
+def published_minigpt4(folder: Path, tokenizer):
+    """A random model of transformers', at the published widths but shallow, written out as EVA, BLIP-2, MiniGPT-4
+    and Hugging Face lay theirs out, with everything those files hold beside."""
+    transformers = pytest.importorskip("transformers")
+    slot = tokenizer.vocab_size - 1  # transformers marks image slots with a piece
+    text = dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=256, rms_norm_eps=1e-6,
+                vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    twin = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(
+        text_config=transformers.LlamaConfig(**text), num_query_tokens=32, image_token_index=slot,
+        vision_config=dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=2, num_attention_heads=16,
+                           image_size=28, patch_size=14, layer_norm_eps=1e-6),
+        qformer_config=dict(hidden_size=768, num_hidden_layers=3, num_attention_heads=12, intermediate_size=3072,
+                            encoder_hidden_size=1408, cross_attention_frequency=2, vocab_size=60))).eval()
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            scale = 0.5 if p.dim() < 2 or "embed" in name or "tokens" in name else 1.7 / math.sqrt(p.shape[-1])
+            p.uniform_(-scale, scale)
+            if name.endswith("qkv.bias"):
+                p[1408:2816] = 0  # there is no bias for k
+    twin.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; transformers gives it the ViT's
+    theirs = {re.sub(r"^model\.(vision_model|qformer|query_tokens|language)", r"\1", k): v for k, v in twin.state_dict().items()}
+    eva, blip2, own, llama = {}, {}, {}, {}
+    for name, w in theirs.items():
+        if name.startswith("vision_model.post_layernorm."):
+            blip2[name.replace("vision_model.post_layernorm", "ln_vision")] = w
+        elif name.endswith("qkv.bias"):
+            stem = name.replace("vision_model.encoder.layers", "blocks").replace("self_attn.qkv.bias", "attn.")
+            eva[stem + "q_bias"], eva[stem + "v_bias"] = w[:1408].clone(), w[2816:].clone()
+        elif name.startswith("vision_model."):
+            for a, b in [("vision_model.", ""), ("encoder.layers", "blocks"), ("layer_norm", "norm"), ("self_attn.qkv", "attn.qkv"),
+                         ("self_attn.projection", "attn.proj"), ("embeddings.class_embedding", "cls_token"),
+                         ("embeddings.position_embedding", "pos_embed"), ("embeddings.patch_embedding", "patch_embed.proj")]:
+                name = name.replace(a, b)
+            eva[name] = w
+        elif name.startswith(("qformer.", "query_tokens")):
+            for a, b in [("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"), ("qformer.encoder", "Qformer.bert.encoder"),
+                         (".attention.attention.", ".attention.self."), (".crossattention.attention.", ".crossattention.self.")]:
+                name = name.replace(a, b)
+            blip2[name] = w
+        elif "language_projection" in name:
+            own["llama_proj." + name.rpartition(".")[2]] = w
+        else:
+            llama[name.replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")] = w
+    llama = {re.sub(r"^(model\.)?language_model\.", "model.", k): v for k, v in llama.items()}
+    eva.update({name.replace("blocks.1", "blocks.2"): w for name, w in list(eva.items()) if "blocks.1" in name})
+    eva.update({"norm.weight": torch.ones(1408), "norm.bias": torch.ones(1408), "head.weight": torch.ones(2, 1408)})
+    positions = {"Qformer.bert.embeddings.position_ids": torch.arange(512)[None]}
+    blip2.update({"t5_proj.weight": torch.ones(8, 768), "t5_proj.bias": torch.ones(8), **positions})
+    (folder / "vicuna").mkdir(parents=True)
+    shutil.copy(tokenizer.path, folder / "vicuna" / "tokenizer.model")
+    (folder / "vicuna" / "config.json").write_text(json.dumps(dict(text, model_type="llama")))
+    torch.save(llama, folder / "vicuna" / "pytorch_model.bin")
+    torch.save(eva, folder / "eva_vit_g.pth")
+    torch.save({"model": blip2}, folder / "blip2_pretrained_flant5xxl.pth")
+    torch.save({"model": {**own, **positions}, "optimizer": {"state": {}}, "config": {"run": {"lr": 3e-5}}, "scaler": None,
+                "epoch": 4}, folder / "prerained_minigpt4_7b.pth")
+    return twin, slot
+
+
+def test_minigpt4(tmp_path, tokenizer):
+    """All keys of all four files accounted for; logits for text with a picture equal transformers'. Then the files
+    are spoilt one by one."""
+    twin, slot = published_minigpt4(tmp_path / "m", tokenizer)
+    net, path, meta = convert.load_minigpt4(tmp_path / "m")
+    pixels = torch.randn(1, 3, 28, 28)
+    ids = torch.tensor([[1, 5, *[slot] * 32, 8, 9, 10]])
+    with torch.no_grad():
+        want = twin(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        got = net(ids.masked_fill(ids == slot, model.IMAGE_SLOT), pixels)
+        blind = net(ids.masked_fill(ids == slot, model.IMAGE_SLOT), torch.zeros_like(pixels))
+    close(got, want, "the four files together differ from Blip2 + LLaMA", 2e-5)
+    assert not torch.allclose(got, blind, rtol=1e-2)  # the picture is seen
+    assert path.parent.name == "vicuna" and not net.training
+    del twin, net
+
+    def spoilt(file: str, change, *words: str) -> None:
+        kept = (tmp_path / "m" / file).read_bytes()
+        rewrite(tmp_path / "m" / file, lambda state: change(state.get("model", state)))
+        with pytest.raises(config.Problem) as problem:
+            convert.load_minigpt4(tmp_path / "m")
+        (tmp_path / "m" / file).write_bytes(kept)
+        assert all(word in str(problem.value) for word in (file, *words)), problem.value
+
+    spoilt("prerained_minigpt4_7b.pth", lambda s: s.update({"llama_proj.weight": torch.ones(5120, 768)}), "5120", "4096", "13B")
+    spoilt("prerained_minigpt4_7b.pth", lambda s: s.pop("llama_proj.bias"), "llama_proj.bias")
+    spoilt("eva_vit_g.pth", lambda s: s.pop("blocks.1.attn.q_bias"), "blocks.1.attn.q_bias", "missing")
+    spoilt("eva_vit_g.pth", lambda s: s.update({"blocks.0.rope": torch.ones(1)}), "blocks.0.rope", "no place")
+    spoilt("blip2_pretrained_flant5xxl.pth", lambda s: s.pop("query_tokens"), "query_tokens", "missing")
+    (tmp_path / "m" / "eva_vit_g.pth").unlink()
+    with pytest.raises(config.Problem, match="eva_vit_g"):
+        convert.load_minigpt4(tmp_path / "m")
+
+
+def test_published_sizes():
+    """Names and sizes of the real files, from their listings: 985,894,528 weights of EVA's in 511 tensors; BLIP-2's
+    download of 413.19 MiB; projections of 768 x 4096 and 768 x 5120."""
+    vit_shape, qformer_shape = vision.PRESETS["minigpt4"]
+    with torch.device("meta"):
+        vit = vision.ViT(vision.ViTConfig(**vit_shape))
+        qformer = vision.QFormer(vision.QFormerConfig(**qformer_shape))
+    eva = {name: tuple(p.shape) for name, p in vit.state_dict().items()}
+    assert len(eva) == 511 and sum(map(math.prod, eva.values())) == 985_894_528
+    assert eva["blocks.38.attn.qkv.weight"] == (4224, 1408) and "blocks.39.norm1.weight" not in eva
+    assert eva["pos_embed"] == (1, 257, 1408) and eva["blocks.0.mlp.fc1.weight"] == (6144, 1408)
+    blip2 = {convert.blip2_name(name): tuple(p.shape) for name, p in qformer.state_dict().items()}
+    beside = 512 * 8 + (4096 * 768 + 4096) * 4  # position_ids (int64) and the projection to T5
+    assert round((sum(map(math.prod, blip2.values())) * 4 + beside) / 2 ** 20, 2) == 413.19
+    start = "Qformer.bert.encoder.layer."
+    assert blip2[start + "10.crossattention.self.key.weight"] == (768, 1408)
+    assert blip2[start + "11.output_query.LayerNorm.bias"] == (768,) and start + "11.crossattention.self.key.bias" not in blip2
+    assert {re.sub(r"\d+", "L", name) for name in blip2} == {"query_tokens", *(
+        f"{stem}.{leaf}" for leaf in ("weight", "bias") for stem in (
+            "ln_vision", "Qformer.bert.embeddings.LayerNorm", *("Qformer.bert.encoder.layer.L." + part for part in (
+                *(f"{kind}.self.{x}" for kind in ("attention", "crossattention") for x in ("query", "key", "value")),
+                *(f"{kind}.output.{x}" for kind in ("attention", "crossattention") for x in ("dense", "LayerNorm")),
+                "intermediate_query.dense", "output_query.dense", "output_query.LayerNorm"))))}
+    assert model.count(model.LLaMAConfig(**model.PRESETS["7B"])) == 6_738_415_616
 
 
 # -- the real llama.cpp --------------------------------------------------------------------------------------
