@@ -357,8 +357,11 @@ def hugging_face_files(folder: Path) -> list[Path]:
 
 
 def guess_template(folder: Path, name: str, config: model.LLaMAConfig) -> str:
-    """Published weights do not say how they were trained to talk; their names do."""
-    return "vicuna_v1.1" if "vicuna" in (folder.resolve().name + name).lower() else "plain"
+    """Published weights do not say how they were trained to talk; their names do, and Vicuna v0 by its extra row."""
+    name = (folder.resolve().name + name).lower()
+    if "vicuna" in name:
+        return "vicuna_v0" if config.vocab_size == 32001 else "vicuna_v1.1"
+    return next((known for known in ("alpaca", "koala") if known in name), "plain")
 
 
 def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
@@ -645,16 +648,18 @@ def jinja(name: str) -> str:
     """A template of data.py in the language that llama.cpp, transformers and others read. The beginning-of-text
     token is left to llama.cpp, which adds it."""
     t = data.get_template(name)
-    quoted = lambda text: json.dumps(text)
     before, after = t.ask.split("{text}")
-    return (
-        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
-        "{% else %}{% set system = " + quoted(t.system) + " %}{% set turns = messages %}{% endif %}"
-        "{% for m in turns %}{% if m['role'] == 'assistant' %}"
-        "{{ " + quoted("" if t.glued else " ") + " + m['content'] + '</s>' }}{% else %}"
-        "{% if loop.first %}{% if system %}{{ system + " + quoted(t.between) + " }}{% endif %}"
-        + ("{% else %}{{ " + quoted(t.between) + " }}" if t.glued else "") + "{% endif %}"
-        "{{ " + quoted(before) + " + m['content'] + " + quoted(after) + " }}{% endif %}{% endfor %}")
+    system, between, start, before, after, end, space = map(json.dumps, (
+        t.system, t.between, t.start, before, after, t.end or "</s>", "" if t.glued else " "))
+    later = f"{{% else %}}{{{{ {between} }}}}" if t.glued else ""  # between rounds
+    return ("{% if messages[0]['role'] == 'system' %}"
+            "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+            "{% else %}{% set system = " + system + " %}{% set turns = messages %}{% endif %}"
+            "{% for m in turns %}{% if m['role'] == 'assistant' %}"
+            "{{ " + space + " + m['content'] + " + end + " }}"
+            "{% else %}{% if loop.first %}{% if system %}{{ system + " + between + " }}{% endif %}"
+            "{{ " + start + " }}" + later + "{% endif %}"
+            "{{ " + before + " + m['content'] + " + after + " }}{% endif %}{% endfor %}")
 
 
 def header(source: Source, name: str, quantize: Optional[str]) -> dict:

@@ -435,7 +435,7 @@ def test_gguf_reads_back(quantize, tied, tmp_path, tokenizer):
 CHATS = [[("user", "Hi")], [("user", "Hi"), ("assistant", "Hello there."), ("user", "Who's \"x\"?\n{{ 7 }} </b>")]]
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1.1", "alpaca", "plain"])
+@pytest.mark.parametrize("name", ["vicuna_v1.1", "vicuna_v0", "alpaca", "koala", "oasst", "plain"])
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("chat", CHATS)
 def test_chat_template_spells_what_render_does(name, system, chat, tokenizer):
