@@ -825,9 +825,10 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
 # -- asking a model ------------------------------------------------------------------------------------------
 
 def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation], max_new_tokens: int = 96,
-         batch: int = 64, **sampling) -> tuple[list[str], list[bool]]:
+         batch: int = 64, images: Optional[Sequence] = None, **sampling) -> tuple[list[str], list[bool]]:
     """Replies to conversations that wait for one, and whether each reply ended by itself. Similar lengths together.
 
+    images: for each conversation a tensor of its pictures, as model.generate wants them, or None.
     Old rounds are left out where the context is too short; a question that fills it alone gets an empty reply.
     """
     limit = model.config.max_seq_len
@@ -842,7 +843,9 @@ def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Con
         # a prompt near the end of the context is asked alone: it would cut the others' replies
         room = [i for i in order[at:at + batch] if len(prompts[i]) + max_new_tokens <= limit]
         group = room or order[at:at + 1]
-        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,), **sampling))
+        seen = [images[i] for i in group if images[i] is not None] if images else []
+        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,),
+                                      images=torch.cat(seen) if seen else None, **sampling))
         for i, ids in zip(group, zip(*columns)):
             stopped = tokenizer.eos in ids
             ids = ids[:ids.index(tokenizer.eos)] if stopped else ids

@@ -257,8 +257,8 @@ class LLaMA(nn.Module):
             raise Problem(f"{past + T} tokens do not fit into the context of {limit}")
         slots = tokens == IMAGE_SLOT
         x = self.tok_embeddings(tokens.masked_fill(slots, 0))  # (B, T, C)
-        n_images = 0 if images is None else len(images)
-        if n_images or bool(slots.any()):
+        if images is not None or bool(slots.any()):  # none of none, too: FSDP waits for every rank's gradient
+            n_images = 0 if images is None else len(images)
             if int(slots.sum()) != n_images:
                 raise Problem(f"{int(slots.sum())} image slots in the text, but {n_images} image vectors")
             if images.shape[1:] != x.shape[2:]:
@@ -551,6 +551,12 @@ def read(path: Path, mmap: bool = False) -> dict:
         raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
 
 
+def fingerprint(folder) -> str:
+    """Tells two trainings apart by the checksums inside model.pt, without reading the weights."""
+    with zipfile.ZipFile(find(folder) / "model.pt") as z:
+        return f"{zlib.crc32(repr([part.CRC for part in z.infolist()]).encode()):08x}"
+
+
 def read_meta(step: Path) -> dict:
     """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
     tokenizer = step / "tokenizer.model"
@@ -565,25 +571,43 @@ def read_meta(step: Path) -> dict:
     return meta
 
 
-def load(folder, mmap: bool = False, **options) -> tuple[LLaMA, Path, dict]:
+def peek(folder) -> tuple[LLaMAConfig, Path, dict]:
+    """As load, but the shape of the model instead of the model: no weights are read."""
+    step = find(folder)
+    if not (step / "meta.json").exists():
+        import convert  # only here: the names and formats of others are its business
+        source = convert.open_folder(step)
+        return source.config, source.tokenizer, source.meta
+    meta = read_meta(step)
+    return LLaMAConfig(**meta["config"]), step / "tokenizer.model", meta
+
+
+def load(folder, mmap: bool = False, network: Optional[nn.Module] = None,
+         **options) -> tuple[nn.Module, Path, dict]:
     """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
 
-    Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are for
-    convert.load, which reads one tensor at a time.
+    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen
+    parts. Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are
+    for convert.load, which reads one tensor at a time.
     """
     step = find(folder)
     if options or not (step / "meta.json").exists():
-        import convert  # only here: the names and formats of others are its business
+        import convert
         return convert.load(step, **options)
     meta = read_meta(step)
-    with torch.device("meta"):  # shapes only: the weights are about to come
-        model = LLaMA(LLaMAConfig(**meta["config"]))
+    weights = {name: w.float() for name, w in read(step / "model.pt", mmap).items()}
+    if network is None:
+        with torch.device("meta"):  # shapes only: the weights are about to come
+            model = LLaMA(LLaMAConfig(**meta["config"]))
+    else:
+        model, weights = network, {**network.state_dict(), **weights}
     try:
-        model.load_state_dict({name: w.float() for name, w in read(step / "model.pt", mmap).items()}, assign=True)
+        model.load_state_dict(weights, assign=network is None)
     except RuntimeError as error:
         raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
                       + " ".join(str(error).split("\n\t")[1:3])) from None
-    model.tie()
+    if network is None:
+        model.tie()
     return model.eval(), step / "tokenizer.model", meta
 
 

@@ -227,6 +227,18 @@ def alt_text(scene: Scene, rng: random.Random) -> str:
     return rng.choice(("{}", "{}", "{}", "{}", "photo of {}", "{} picture", "{} free download", "image: {}")).format(text)
 
 
+_LOOSE = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\W* (?:(?:at|in) the )?"
+                    rf"({'|'.join(PLACES)})\b")
+
+
+def mend(text: str) -> str:
+    """What a repairer makes of a description without seeing the picture: objects that are told completely, each once,
+    in one good sentence; what breaks off or says nothing is left out. "INCOMPLETE" when nothing remains."""
+    objects = {found[3]: Object(*found) for found in reversed(_LOOSE.findall(" ".join(text.lower().split())))}
+    objects = sorted(objects.values(), key=lambda o: PLACES.index(o.place))
+    return f"There is {caption(tuple(objects))}." if objects else "INCOMPLETE"
+
+
 def write_album(folder, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     """Pictures with captions in MiniGPT-4's layout: image/ID.png, and filter_cap.json with an annotation for each."""
     folder = Path(folder)

@@ -298,6 +298,7 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             block.compile()
     if machine.sharded:
         shard(net, machine)
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     optimizer = make_optimizer(net, cfg)  # after shard(): it must see the shards
     if optimizer_state:
         set_optimizer_state_dict(net, optimizer, optimizer_state, options=WHOLE)
@@ -314,7 +315,10 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
         optim = {} if finished else get_optimizer_state_dict(net, optimizer, options=WHOLE)
         if machine.rank == 0:
             metrics.flush()
-            weights, adapters = model.merge_lora(weights) if cfg.lora_rank else (weights, None)
+            if cfg.lora_rank:
+                weights, adapters = model.merge_lora(weights)
+            else:  # what is frozen is on disk already
+                weights, adapters = {name: w for name, w in weights.items() if name not in frozen}, None
             target = model.save(folder, llama, {**meta, "step": step, "finished": finished,
                                                 "loss": losses[-1] if losses else None},
                                 tokenizer.path, optim or None, weights=weights, adapters=adapters)
@@ -352,7 +356,8 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             elapsed = time.perf_counter() - began
             used, seen = used + elapsed, seen + cfg.batch_size * cfg.seq_len
             losses.append(loss)
-            work = flops(llama, batch[0].numel(), int((batch[1] != data.IGNORE).sum()), cfg.seq_len)
+            work = net.flops(*batch) if hasattr(net, "flops") else flops(
+                llama, batch[0].numel(), int((batch[1] != data.IGNORE).sum()), cfg.seq_len)
             metrics.write(json.dumps(dict(step=step, loss=round(loss, 5), lr=group["lr"], norm=round(norm, 4),
                                           tokens_per_s=round(cfg.batch_size * cfg.seq_len / elapsed))) + "\n")
             bar.update()
@@ -376,8 +381,12 @@ SETTINGS = ("steps", "seq_len", "batch_size", "learning_rate", "warmup", "min_lr
 
 
 def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, tokenizer: data.Tokenizer, template: str,
-              source: str, parent: str = "", shape: Optional[dict] = None) -> model.LLaMA:
-    """Trains cfg.out/name, from the checkpoint `parent` or from random weights of `shape`. Returns the model."""
+              source: str, parent: str = "", shape: Optional[dict] = None, network: Optional[torch.nn.Module] = None,
+              beside: Optional[dict] = None) -> torch.nn.Module:
+    """Trains cfg.out/name, from the checkpoint `parent` or from random weights of `shape`. Returns the model.
+
+    Or trains what is not frozen in `network`; `beside` names what the run also depends on.
+    """
     folder = Path(cfg.out) / name
     if not cfg.learning_rate:
         large = cfg.preset not in ("toy", "small")
@@ -386,14 +395,16 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
         raise Problem(f"--lora_rank={cfg.lora_rank} adapts a trained model: give --init=FOLDER")
     settings = {key: getattr(cfg, key) for key in SETTINGS}
     settings.update(template=template, data=source, parent=parent and str(model.find(parent)), shape=shape,
-                    tokenizer=digest(tokenizer.path))
+                    tokenizer=data.digest(tokenizer.path), **(beside or {}))
     meta = dict(stage=name, template=template, parent=settings["parent"], settings=settings, processes=machine.world)
-    found = newest_whole(folder, settings, machine) if cfg.resume == "auto" else None
+    found = newest_whole(folder, settings, machine, network) if cfg.resume == "auto" else None
     if found and found.optimizer is None:
         print(f"{name}: {folder} is trained already ({found.step} steps); --resume=never trains it again")
         return found.net.to(machine.device).eval()
     if found and not cfg.lora_rank:
         net = found.net
+    elif network is not None:
+        net = network
     elif parent:
         net = adopt(parent, tokenizer, machine)
     else:
@@ -414,7 +425,8 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
         what = f"from {settings['parent']}" if parent else "from random weights"
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"\n{name}: {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters {what}"
-              + (f", {trained / 1e6:.2f} M of them trained" if cfg.lora_rank else "") + f"; {cfg.steps} steps of "
+              + (f", {trained / 1e6:.2f} M of them trained" if cfg.lora_rank or network else "")
+              + f"; {cfg.steps} steps of "
               f"{cfg.batch_size} x {cfg.seq_len} tokens, {len(rows)} rows, learning rate {cfg.learning_rate:g}")
         machine.wait()  # nobody may still be looking for checkpoints in there
         for old in folder.glob("step-*") if machine.rank == 0 else ():
@@ -434,12 +446,12 @@ class Found(NamedTuple):
     meta: dict
 
 
-def newest_whole(folder: Path, settings: dict, machine: Machine) -> Optional[Found]:
+def newest_whole(folder: Path, settings: dict, machine: Machine, network: Optional[torch.nn.Module]) -> Optional[Found]:
     """The newest checkpoint of the run whose files are undamaged; None when there is none at all."""
     steps = model.history(folder) if any(folder.glob("step-*")) else []
     for step in steps:
         try:
-            net, _, meta = model.load(step, mmap=machine.sharded)
+            net, _, meta = model.load(step, machine.sharded, network)
             state = None if meta["finished"] else model.read(step / "optim.pt", mmap=machine.sharded)
             adapters = model.read(step / "lora.pt") if settings["lora_rank"] else {}
         except (Problem, OSError) as damage:

@@ -13,6 +13,7 @@ the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4
 Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T: LLaMA's.
 """
 
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class QFormerConfig:
     n_layers: int = 2
     n_heads: int = 4
     hidden_dim: int = 256
-    n_queries: int = 12  # image vectors that LLaMA gets for a picture
+    n_queries: int = 20  # image vectors that LLaMA gets for a picture
     cross_every: int = 2  # layers 0, 2, 4, ... look at the picture
     norm_eps: float = 1e-12
 
@@ -69,6 +70,8 @@ class QFormerConfig:
 
 PRESETS = {
     "toy": (dict(), dict()),
+    "photos": (dict(image_size=32, patch_size=4, dim=192, n_heads=3, hidden_dim=384),
+               dict(vision_dim=192, n_queries=4)),
     "minigpt4": (dict(image_size=224, patch_size=14, dim=1408, n_layers=40, n_heads=16, hidden_dim=6144,
                       penultimate=True),  # EVA's ViT-g/14
                  dict(vision_dim=1408, dim=768, n_layers=12, n_heads=12, hidden_dim=3072, n_queries=32)),
@@ -325,6 +328,7 @@ class MiniGPT4(nn.Module):
         if vit.config.dim != qformer.config.vision_dim:
             raise Problem(f"a ViT of width {vit.config.dim} and a Q-Former for {qformer.config.vision_dim}")
         self.vit, self.qformer, self.llama = vit, qformer, llama
+        self.config, self.n_queries = llama.config, qformer.config.n_queries
         self.llama_proj = nn.Linear(qformer.config.dim, llama.config.dim)
         for part in (vit, qformer, llama):
             part.requires_grad_(False)
@@ -351,8 +355,11 @@ class MiniGPT4(nn.Module):
 
     def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: Optional[torch.Tensor] = None,
             segments: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of LLaMA: sum of -log p over supervised tokens, and their count."""
-        return self.llama.nll(tokens, labels, self.encode(images) if images is not None else None, segments)
+        """As of LLaMA: sum of -log p over supervised tokens, and their count. A batch without pictures gives the
+        projection a gradient of zeros: other processes may have pictures, and wait for it."""
+        if images is None:
+            images = self.llama_proj.weight.new_zeros(0, self.n_queries, self.llama_proj.in_features)
+        return self.llama.nll(tokens, labels, self.encode(images), segments)
 
     def generate(self, prompts, max_new_tokens: int, images: Optional[torch.Tensor] = None,
                  **options) -> Iterator[list[int]]:
@@ -360,6 +367,40 @@ class MiniGPT4(nn.Module):
         with torch.inference_mode():
             vectors = self.encode(images) if images is not None else None
         return self.llama.generate(prompts, max_new_tokens, images=vectors, **options)
+
+
+# -- checkpoints: what learned is in the file, what was frozen is named in meta.json --------------------------
+
+def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
+    """ViT and Q-Former of a folder that stage 0 has written, and its meta.json."""
+    step = model.find(folder)
+    meta = json.loads((step / "meta.json").read_text())
+    if "vit" not in meta["config"]:
+        raise Problem(f"{folder} holds no ViT and Q-Former; `python train_vlm.py --stage=0` trains some")
+    network = nn.Module()
+    network.vit = ViT(ViTConfig(**meta["config"]["vit"]))
+    network.qformer = QFormer(QFormerConfig(**meta["config"]["qformer"]))
+    weights = model.read(step / "model.pt")
+    network.load_state_dict({name: w for name, w in weights.items() if not name.startswith("head.")})
+    return network.vit.eval(), network.qformer.eval(), meta
+
+
+def load(folder) -> tuple[MiniGPT4, Path, dict]:
+    """As model.load, for a folder that stage 1 or 2 of train_vlm.py has written."""
+    step = model.find(folder)
+    made_with = json.loads((step / "meta.json").read_text())["settings"]
+    parts = {}
+    for part in ("llama", "vision"):
+        path = Path(made_with[part])
+        if not path.exists():  # the folder of runs was moved
+            path = step.parent.parent / path.parent.name / path.name
+        if not (path / "model.pt").exists():
+            raise Problem(f"{folder} needs the {part} part that it was trained with, {made_with[part]}, which is gone")
+        if model.fingerprint(path) != made_with[f"{part}_crc"]:
+            raise Problem(f"{path} is not what {folder} was trained with: it was trained again; train this again too")
+        parts[part] = path
+    vit, qformer, _ = load_encoder(parts["vision"])
+    return model.load(step, network=MiniGPT4(model.load(parts["llama"])[0], vit, qformer))
 
 
 # -- python vision.py ----------------------------------------------------------------------------------------
@@ -381,7 +422,7 @@ def main(cfg: VisionConfig) -> dict:
     for name, (vit, qformer) in PRESETS.items():
         with torch.device("meta"):  # shapes only: no memory
             parts = {"ViT": ViT(ViTConfig(**vit)), "Q-Former": QFormer(QFormerConfig(**qformer))}
-            for llama in ("7B", "13B") if name != "toy" else ("toy",):
+            for llama in ("7B", "13B") if name == "minigpt4" else ("toy",):
                 width = parts["Q-Former"].config.dim, model.PRESETS[llama]["dim"]
                 parts[f"projection to {llama}"] = nn.Linear(*width)
         print(name)
