@@ -1,13 +1,13 @@
 """Other people's weights in, ours out to llama.cpp, four bits between.
 
-    python convert.py check --ckpt=FOLDER                       # is it read right? names the classic failures
-    python convert.py gguf --ckpt=out/vicuna --out=vicuna.gguf  # for llama.cpp; --type=q4 for four bits
-    python convert.py quality --ckpt=out/vicuna                 # what q8 and q4 cost: perplexity, KL, answers
-    python convert.py speed                                     # tokens a second at 1.1 B parameters, random weights
+    python convert.py check FOLDER                      # is it read right? names the classic failures
+    python convert.py gguf --ckpt=out/vicuna --type=q4  # a file for llama.cpp
+    python convert.py quality --ckpt=out/vicuna         # what q8 and q4 cost: perplexity, KL, right answers
+    python convert.py speed                             # tokens a second, random weights in TinyLlama's shape
 
-A FOLDER is one of ours, Meta's (params.json), or Hugging Face's (config.json). All the names that others gave to
-LLaMA's tensors are in this file and nowhere else. Files are mapped, not read: a tensor at a time is converted, so
-that loading needs the memory of the finished model and not twice that.
+A FOLDER is one of ours, Meta's (params.json), Hugging Face's (config.json), or the four files of MiniGPT-4.
+The names that others gave to tensors are in this file and nowhere else. Files are mapped, not read: one
+tensor at a time is converted, so that loading needs the memory of the finished model once.
 
 References: the layouts are the publishers' own; GGUF and its blocks are llama.cpp's (ggml/docs/gguf.md).
 Letters in the shape comments: N rows (outputs), K columns (inputs) of a matrix, H heads, D head width.
@@ -44,7 +44,7 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name -> tensor of a safetensors or PyTorch file. Nothing is read before it is used, and no code is run."""
+    """Name -> tensor of a safetensors or PyTorch file. Nothing is read before its use, and no code is run."""
     try:
         with open(path, "rb") as f:
             head = f.read(200)
@@ -54,7 +54,9 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise Problem(f"{path} is a Git-LFS pointer, not the weights; run `git lfs pull` in its folder")
     if head.lstrip()[:1] == b"<":
         raise Problem(f"{path} is a web page (a login or a quota notice?), not the weights; fetch it again")
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, head.startswith(b"PK"))
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    return _open_pickle(path, mappable=head.startswith(b"PK"))
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -74,7 +76,7 @@ def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS:
-            raise Problem(f"{path}: {name} has type {entry['dtype']}; fetch the weights in float16 or bfloat16")
+            raise Problem(f"{path}: {name} is of type {entry['dtype']}; fetch float16 or bfloat16 weights")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         dtype, piece = SAFETENSORS[entry["dtype"]], raw[begin:end]
         piece = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
@@ -90,22 +92,24 @@ def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if not wanted:
             raise Problem(f"{path} is cut off or no PyTorch file; fetch it again") from None
-        raise Problem(f"{path} wants to run {wanted[1]} when it is opened: refused. Weights need no code; fetch a "
-                      "safetensors version") from None
+        raise Problem(f"{path} wants to run {wanted[1]} when it is opened: refused. Weights need no code; "
+                      "fetch a safetensors version") from None
     except (RuntimeError, ValueError, LookupError, EOFError) as error:
-        raise Problem(f"{path} is cut off or no PyTorch file ({str(error).splitlines()[0]}); fetch it again") from None
+        why = str(error).splitlines()[0]
+        raise Problem(f"{path} is cut off or no PyTorch file ({why}); fetch it again") from None
     for wrapper in ("model", "state_dict", "module"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise Problem(f"{path} holds no named tensors; give the file with the weights")
     return tensors
 
 
 class File:
-    """One file of weights. What is read of a mapping counts as our memory until the mapping goes, so it is made
-    anew after every 32 MB."""
+    """One file of weights. What was read of a mapping counts as our memory until the mapping goes, so it is
+    made anew after every 32 MB."""
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
@@ -145,15 +149,15 @@ class Weights:
         """Raises Problem unless exactly the wanted names are there, and nothing unknown besides."""
         lora = [name for name in self.home if "lora_" in name]
         if lora:
-            raise Problem(f"{where} is a LoRA adapter ({lora[0]}), not a model; merge it into its base model first")
+            raise Problem(f"{where} is a LoRA adapter ({lora[0]}), not a model; merge it into its base first")
         missing = [name for name in wanted if name not in self.home]
         if missing:
-            raise Problem(f"{where}: {len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}; fetch all "
-                          "files of the model")
+            raise Problem(f"{where}: {len(missing)} of {len(wanted)} tensors are missing, such as "
+                          f"{missing[0]}; fetch all files of the model")
         unknown = sorted(name for name in self.home.keys() - set(wanted) if not leftovers.search(name))
         if unknown:
-            raise Problem(f"{where} holds {len(unknown)} tensors that have no place in this model, such as {unknown[0]}: "
-                          "it is of another architecture, or its files are of different models")
+            raise Problem(f"{where} holds {len(unknown)} tensors that have no place in this model, such as "
+                          f"{unknown[0]}: another architecture, or files of different models")
 
 
 # -- LLaMA: three layouts of a folder ------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def their_name(ours: str, column: int) -> str:
 
 
 def interleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of a Hugging Face q or k projection, (H, 2, D/2) halves, in the order of neighbours, (H, D/2, 2)."""
+    """Rows of a Hugging Face q or k projection, halves (H, 2, D/2), in the order of pairs (H, D/2, 2)."""
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -192,7 +196,7 @@ def deinterleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 
 class Source(NamedTuple):
-    """A folder that was understood. fetch(our name) reads one tensor, in our layout and the file's precision."""
+    """A folder that was understood. fetch(our name) reads one tensor, in our layout."""
     layout: str
     config: model.LLaMAConfig
     fetch: Callable[[str], torch.Tensor]
@@ -201,7 +205,7 @@ class Source(NamedTuple):
 
 
 def open_folder(folder) -> Source:
-    """Recognises our folder, Meta's and Hugging Face's, and accounts for every tensor; reads no weights yet."""
+    """Recognises our folder, Meta's and Hugging Face's, accounts for every tensor, reads no weights."""
     folder = model.find(folder)
     if (folder / "meta.json").exists():
         source = _ours(folder)
@@ -213,10 +217,12 @@ def open_folder(folder) -> Source:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "its base")
         raise Problem(f"{folder} is a LoRA adapter, not a model; merge it into {base} first")
     else:
-        raise Problem(f"{folder} has none of meta.json (ours), params.json (Meta's), config.json (Hugging Face's)")
+        raise Problem(f"{folder} has neither meta.json (ours), params.json (Meta's) nor config.json")
     pieces, rows = data.Tokenizer(source.tokenizer).vocab_size, source.config.vocab_size
-    if rows < pieces or (source.layout != "ours" and rows >= pieces + 1024):  # Vicuna v0 has one row more, others a few
-        raise Problem(f"{source.tokenizer} has {pieces} pieces but the model {rows} rows: the tokenizer of another model")
+    extra = rows - pieces  # Vicuna v0 has one row more than pieces, others a few
+    if extra < 0 or (source.layout != "ours" and extra >= 1024):
+        raise Problem(f"{source.tokenizer} has {pieces} pieces but the model {rows} rows: the tokenizer of "
+                      "another model")
     return source
 
 
@@ -253,7 +259,7 @@ def _ours(folder: Path) -> Source:
 
 
 def _meta(folder: Path) -> Source:
-    """Meta's: each shard holds a slice of every matrix, as tensor parallelism cut them; norms are in all of them."""
+    """Each shard holds a slice of every matrix, as tensor parallelism cut them; norms are in all of them."""
     params = read_json(folder / "params.json")
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
@@ -268,9 +274,9 @@ def _meta(folder: Path) -> Source:
                         ("attention_norm", "attention.wq", "attention.wk", "feed_forward.w1"))
     needed = max(1, norm[0] // wq[0])
     if absent or norm[0] != params["dim"] or needed != len(files):
-        raise Problem(f"{folder}: {files[0].name} is one of {needed} shards of a model of width {norm[0]}, there are "
-                      f"{len(files)} and params.json says dim {params['dim']}; fetch "
-                      f"{absent or 'consolidated.00.pth to consolidated.%02d.pth' % (needed - 1)} of one model")
+        raise Problem(f"{folder}: {files[0].name} is one of {needed} shards of a model of width {norm[0]}, "
+                      f"there are {len(files)} and params.json says dim {params['dim']}; fetch "
+                      + (absent or f"consolidated.00.pth to consolidated.{needed - 1:02d}.pth of one model"))
     config = model.LLaMAConfig(
         dim=norm[0], n_layers=params["n_layers"], n_heads=heads, hidden_dim=w1[0] * needed,
         n_kv_heads=wk[0] * needed * heads // norm[0], vocab_size=shards[0].shape("output.weight")[0] * needed,
@@ -288,8 +294,9 @@ def _meta(folder: Path) -> Source:
         return torch.cat([shard.take(name) for shard in shards], dim=1 if by_columns else 0)
 
     # Meta's download puts the tokenizer beside the sizes' folders
-    tokenizer = next((p / "tokenizer.model" for p in (folder, folder.parent) if (p / "tokenizer.model").exists()),
-                     folder / "tokenizer.model")
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.exists():
+        tokenizer = folder.parent / "tokenizer.model"
     return Source("Meta's", config, fetch, tokenizer, dict(template=guess_template(folder, "", config)))
 
 
@@ -297,13 +304,13 @@ def _hugging_face(folder: Path) -> Source:
     c = read_json(folder / "config.json")
 
     def refuse(what: str) -> None:
-        raise Problem(f"{folder / 'config.json'}: {what} is not supported here; LLaMA 1 and 2 and what was made of "
-                      "them (Vicuna, TinyLlama) are")
+        raise Problem(f"{folder / 'config.json'}: {what} is not supported here; LLaMA 1 and 2 and what was "
+                      "made of them (Vicuna, TinyLlama) are")
 
     if c.get("model_type") != "llama":
         refuse(f"the architecture {c.get('model_type')}")
     if "quantization_config" in c:
-        raise Problem(f"{folder} is quantised already; fetch the float16 version, and give --quantize=q4 here")
+        raise Problem(f"{folder} is quantised already; fetch the float16 version and give --quantize=q4 here")
     rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}  # newer and older spelling
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
@@ -321,7 +328,7 @@ def _hugging_face(folder: Path) -> Source:
     weights.account(["embed_tokens.weight"], re.compile(""), folder)
     config = model.LLaMAConfig(
         dim=dim, n_layers=c["num_hidden_layers"], n_heads=heads, n_kv_heads=c.get("num_key_value_heads"),
-        vocab_size=weights.shape("embed_tokens.weight")[0],  # not config.json's: Vicuna v0's files disagree with it
+        vocab_size=weights.shape("embed_tokens.weight")[0],  # config.json's may be another, as Vicuna v0's
         hidden_dim=c["intermediate_size"], norm_eps=c["rms_norm_eps"], tied=tied, rope_scaling=scaling,
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
         max_seq_len=c.get("max_sequence_length") or int(c.get("max_position_embeddings", 2048) * scaling))
@@ -349,15 +356,17 @@ def hugging_face_files(folder: Path) -> list[Path]:
             files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
             absent = [f.name for f in files if not f.exists()]
             if absent:
-                raise Problem(f"{folder}: {len(absent)} of {len(files)} shards are missing, such as {absent[0]}; fetch them")
+                raise Problem(f"{folder}: {len(absent)} of {len(files)} shards are missing, such as "
+                              f"{absent[0]}; fetch them")
             return files
         if (folder / name).exists():
             return [folder / name]
-    raise Problem(f"{folder} has config.json, but neither model.safetensors nor pytorch_model.bin; fetch the weights")
+    raise Problem(f"{folder} has config.json, but neither model.safetensors nor pytorch_model.bin; fetch the "
+                  "weights")
 
 
 def guess_template(folder: Path, name: str, config: model.LLaMAConfig) -> str:
-    """Published weights do not say how they were trained to talk; their names do, and Vicuna v0 by its extra row."""
+    """Weights do not say how they were trained to talk; their names do, and Vicuna v0 by its extra row."""
     name = (folder.resolve().name + name).lower()
     if "vicuna" in name:
         return "vicuna_v0" if config.vocab_size == 32001 else "vicuna_v1.1"
@@ -365,11 +374,13 @@ def guess_template(folder: Path, name: str, config: model.LLaMAConfig) -> str:
 
 
 def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
-         quantize: Optional[str] = None) -> tuple[model.LLaMA, Path, dict]:
-    """Model, path of its tokenizer.model, and meta, as model.load returns them; from any of the three layouts.
+         quantize: Optional[str] = None) -> tuple[nn.Module, Path, dict]:
+    """Model, path of its tokenizer.model, and meta, as model.load returns them; from any of the layouts.
 
     dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks.
     """
+    if any(Path(folder).glob(EVA)):
+        return load_minigpt4(folder, dtype, device, quantize)
     source = open_folder(folder)
     c, count = source.config, model.count(source.config)
     dtype = dtype or (torch.bfloat16 if count > 1e9 else torch.float32)
@@ -381,26 +392,28 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
         net.tie()
     net.cos, net.sin = net.cos.to(device), net.sin.to(device)
     if source.layout != "ours" or quantize:
-        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in {size(net) / 1e9:.2f} GB "
-              f"({quantize + '; ' + reason if quantize else str(dtype)[6:]}), context {c.max_seq_len}, "
+        kept = f"{quantize}; {reason}" if quantize else str(dtype)[6:]
+        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in "
+              f"{size(net) / 1e9:.2f} GB ({kept}), context {c.max_seq_len}, "
               f"template {source.meta['template']}")
     return net.eval(), source.tokenizer, {**source.meta, "config": asdict(c)}
 
 
-def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device="cpu", quantize: Optional[str] = None,
-         fast: bool = False) -> None:
+def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str = "cpu",
+         quantize: Optional[str] = None, fast: bool = False) -> None:
     """Gives a network on the meta device its weights, one after the other."""
     shapes, state = {name: p.shape for name, p in net.state_dict().items()}, {}
     large = sum(s.numel() for s in shapes.values()) > 1e8
     for name in tqdm(shapes, desc=f"reading {where}", leave=False, disable=not large):
         weight = fetch(name)
         if weight.shape != shapes[name]:
-            raise Problem(f"{where}: {name} is {tuple(weight.shape)}, but this model needs {tuple(shapes[name])}; the files "
-                          "do not belong together")
+            raise Problem(f"{where}: {name} is {tuple(weight.shape)}, but this model needs "
+                          f"{tuple(shapes[name])}; the files do not belong together")
         kind = block_type(name, weight.shape, quantize)
         if kind in BLOCKS and name != "tok_embeddings.weight":
             path, _, child = name.removesuffix(".weight").rpartition(".")
-            setattr(net.get_submodule(path), child, QuantLinear(quantize_rows(weight, kind), kind, fast).to(device))
+            layer = QuantLinear(quantize_rows(weight, kind), kind, fast)
+            setattr(net.get_submodule(path), child, layer.to(device))
         else:
             state[name] = weight.to(device, dtype, copy=True)
     net.load_state_dict(state, assign=True)
@@ -420,22 +433,29 @@ def size(net: nn.Module) -> int:
 
 # -- MiniGPT-4: EVA's file, BLIP-2's, and its own ------------------------------------------------------------
 
-# Each file: how it is called, our name -> theirs, and what else it is known to hold.
-BLIP2_NAMES = [(r"^norm\.", "Qformer.bert.embeddings.LayerNorm."), (r"^layers\.", "Qformer.bert.encoder.layer."),
-               (r"self_attention\.", "attention."), (r"cross_attention\.", "crossattention."),
-               (r"attention\.(query|key|value)\.", r"attention.self.\1."), (r"attention\.dense\.", "attention.output.dense."),
-               (r"attention\.norm\.", "attention.output.LayerNorm."), (r"mlp\.fc1\.", "intermediate_query.dense."),
-               (r"mlp\.fc2\.", "output_query.dense."), (r"(layer\.\d+)\.norm\.", r"\1.output_query.LayerNorm.")]
-BLIP2_LEFTOVERS = re.compile(  # the projection to T5 or OPT; in the stage-1 file also the text branch and the heads
+EVA, BLIP2, MINIGPT4 = "eva_vit_g*.pth", "blip2_pretrained*.pth", "*rained_minigpt4*.pth"  # 7B's: "prerained"
+BLIP2_NAMES = {  # ours, as a pattern: theirs; applied in this order
+    r"^norm\.": "Qformer.bert.embeddings.LayerNorm.",
+    r"^layers\.": "Qformer.bert.encoder.layer.",
+    r"self_attention\.": "attention.",
+    r"cross_attention\.": "crossattention.",
+    r"attention\.(query|key|value)\.": r"attention.self.\1.",
+    r"attention\.dense\.": "attention.output.dense.",
+    r"attention\.norm\.": "attention.output.LayerNorm.",
+    r"mlp\.fc1\.": "intermediate_query.dense.",
+    r"mlp\.fc2\.": "output_query.dense.",
+    r"(layer\.\d+)\.norm\.": r"\1.output_query.LayerNorm.",
+}
+# what else these files hold: the projection to T5 or OPT; in BLIP-2's stage-1 file the text branch and heads
+BLIP2_LEFTOVERS = re.compile(
     r"^(t5|opt|llm)_proj\.|position_ids$|^Qformer\.(cls\.|bert\.embeddings\.(word|position)_embeddings\.)"
-    r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\.|^(vision_proj|text_proj|itm_head)\.|^temp$")
+    r"|^Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
+    r"|^(vision_proj|text_proj|itm_head)\.|^temp$")
 MINIGPT4_LEFTOVERS = re.compile(r"position_ids$|inv_freq$")  # buffers that nobody filtered out
-FILES = {"EVA's ViT": "eva_vit_g*.pth", "BLIP-2's Q-Former": "blip2_pretrained*.pth",
-         "MiniGPT-4's projection": "*rained_minigpt4*.pth"}  # the 7B file is spelt "prerained"
 
 
 def blip2_name(ours: str) -> str:
-    for pattern, theirs in BLIP2_NAMES:
+    for pattern, theirs in BLIP2_NAMES.items():
         ours = re.sub(pattern, theirs, ours)
     return ours
 
@@ -446,9 +466,10 @@ def load_vit(path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> v
     weights.account(["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"], re.compile(""), path)
     dim, _, patch, _ = weights.shape("patch_embed.proj.weight")
     last = max(int(name.split(".")[1]) for name in weights.home if name.startswith("blocks."))
+    grid = math.isqrt(weights.shape("pos_embed")[1] - 1)
     config = vision.ViTConfig(
-        image_size=patch * math.isqrt(weights.shape("pos_embed")[1] - 1), patch_size=patch, dim=dim, n_layers=last + 1,
-        n_heads=dim // 88, hidden_dim=weights.shape("blocks.0.mlp.fc1.weight")[0], penultimate=True)
+        image_size=patch * grid, patch_size=patch, dim=dim, n_layers=last + 1, n_heads=dim // 88,
+        hidden_dim=weights.shape("blocks.0.mlp.fc1.weight")[0], penultimate=True)
     with torch.device("meta"):
         vit = vision.ViT(config)
     weights.account(list(vit.state_dict()), re.compile(rf"^blocks\.{last}\.|^(norm|fc_norm|head)\."), path)
@@ -462,7 +483,7 @@ def load_qformer(path, device: str = "cpu") -> vision.QFormer:
     cross, fc1 = "layers.0.cross_attention.key.weight", "layers.0.mlp.fc1.weight"
     weights.account(["query_tokens", blip2_name(cross), blip2_name(fc1)], re.compile(""), path)
     _, n_queries, dim = weights.shape("query_tokens")
-    layers = {int(n[0]) for name in weights.home if (n := re.findall(r"^Qformer\.bert\.encoder\.layer\.(\d+)", name))}
+    layers = [int(n) for n in re.findall(r"bert\.encoder\.layer\.(\d+)", " ".join(weights.home))]
     config = vision.QFormerConfig(
         vision_dim=weights.shape(blip2_name(cross))[1], dim=dim, n_layers=max(layers) + 1, n_heads=dim // 64,
         hidden_dim=weights.shape(blip2_name(fc1))[0], n_queries=n_queries)
@@ -475,30 +496,32 @@ def load_qformer(path, device: str = "cpu") -> vision.QFormer:
 
 def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
                   quantize: Optional[str] = None) -> tuple[vision.MiniGPT4, Path, dict]:
-    """A folder with the four downloads under their published names: eva_vit_g.pth, blip2_pretrained_flant5xxl.pth,
-    pretrained_minigpt4.pth, and the folder of the language model. Returns what model.load does."""
-    folder, paths = Path(folder), {}
-    for part, name in FILES.items():
-        found = sorted(folder.glob(name))
+    """A folder with the four downloads under their published names: eva_vit_g.pth, pretrained_minigpt4.pth,
+    blip2_pretrained_flant5xxl.pth, and the folder of the language model. Returns what model.load does."""
+    folder = Path(folder)
+
+    def only(*names: str) -> Path:
+        found = sorted(path for name in names for path in folder.glob(name))
         if len(found) != 1:
-            raise Problem(f"{folder} holds {len(found) or 'no'} files {name} ({part}); exactly one is needed")
-        paths[part] = found[0]
-    llamas = [f.parent for mark in model.PUBLISHED[:2] for f in sorted(folder.glob(f"*/{mark}"))]
-    if len(llamas) != 1:
-        raise Problem(f"{folder} holds {len(llamas) or 'no'} folders of a language model (Vicuna); exactly one is needed")
-    own = paths["MiniGPT-4's projection"]
+            raise Problem(f"{folder} holds {len(found) or 'no'} {' or '.join(names)}; exactly one is needed")
+        return found[0]
+
+    eva, blip2, own = only(EVA), only(BLIP2), only(MINIGPT4)
+    llama_folder = only("*/config.json", "*/params.json").parent
     weights = Weights([own])  # first: what does not fit should be known before 13 GB are read
     weights.account(["llama_proj.weight", "llama_proj.bias"], MINIGPT4_LEFTOVERS, own)
-    width, needed = weights.shape("llama_proj.weight")[0], open_folder(llamas[0]).config.dim
+    width, needed = weights.shape("llama_proj.weight")[0], open_folder(llama_folder).config.dim
     if width != needed:
-        raise Problem(f"{own} projects to width {width}, but the language model {llamas[0]} has width {needed}: the "
-                      "projections for 7B (4096) and 13B (5120) are different files; fetch the other one")
-    llama, tokenizer, meta = load(llamas[0], dtype, device, quantize)
-    eyes = load_vit(paths["EVA's ViT"], llama.tok_embeddings.weight.dtype, device)
-    net = vision.MiniGPT4(llama, eyes, load_qformer(paths["BLIP-2's Q-Former"], device))
-    state = {name: weights.take(f"llama_proj.{name}").to(device, torch.float32, copy=True) for name in ("weight", "bias")}
-    net.llama_proj.load_state_dict(state, assign=True)
-    return net.eval(), tokenizer, meta
+        raise Problem(f"{own} projects to width {width}, but the language model {llama_folder} has width "
+                      f"{needed}: the projections for 7B (4096) and 13B (5120) are different files; fetch the "
+                      "other one")
+    llama, tokenizer, meta = load(llama_folder, dtype, device, quantize)
+    vit = load_vit(eva, llama.tok_embeddings.weight.dtype, device)
+    net = vision.MiniGPT4(llama, vit, load_qformer(blip2, device))
+    with torch.device("meta"):
+        net.llama_proj = nn.Linear(net.qformer.config.dim, width)
+    fill(net.llama_proj, lambda name: weights.take(f"llama_proj.{name}"), own, torch.float32, device)
+    return net.eval(), tokenizer, {**meta, "template": "minigpt4"}
 
 
 # -- eight and four bits: llama.cpp's blocks -----------------------------------------------------------------
@@ -516,8 +539,8 @@ SLAB = 1024  # rows converted at a time: what is needed on the way stays small
 
 
 def block_type(name: str, shape: tuple, quantize: Optional[str]) -> str:
-    """The one rule of what is stored how, here and in GGUF. Both vocabulary matrices stay at eight bits: they are a
-    small part of a large model and matter most."""
+    """The one rule of what is stored how, here and in GGUF. Both vocabulary matrices stay at eight bits: they
+    are a small part of a large model and matter most."""
     if len(shape) == 1:
         return "F32"
     if quantize not in ("q8", "q4") or shape[-1] % 32:
@@ -544,8 +567,8 @@ def encode_q8(x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_q4(x: torch.Tensor) -> torch.Tensor:
-    """The weight of largest magnitude becomes code 0, which means -8 (so d has the opposite sign of it). Byte j
-    holds weight j in its low half and weight j + 16 in its high half."""
+    """The weight of largest magnitude becomes code 0, which means -8 (so d has the opposite sign of it). Byte
+    j holds weight j in its low half and weight j + 16 in its high half."""
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     d = extreme / -8
     codes = (x * torch.where(d == 0, 0, 1 / d) + 8.5).to(torch.uint8).clamp(max=15)
@@ -566,8 +589,8 @@ def dequantize(blocks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torc
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T with W in blocks. Two bodies, as attention has: the readable one makes W anew for every call; the
-    fast one is torch's int4 kernel for CPUs, which computes x ((code - 8) * scale + zero)^T in groups of 32.
+    """y = x W^T with W in blocks. Two bodies, as attention has: the readable one makes W anew for every call;
+    the fast one is torch's int4 kernel for CPUs: x ((code - 8) * scale + zero)^T in groups of 32.
 
     Q4_0 is scale = d, zero = 0. Q8_0 fits exactly into two such products: code = 16 * high + low.
     """
@@ -579,7 +602,7 @@ class QuantLinear(nn.Module):
         self.parts = 0
         if not fast:
             return
-        codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -self.rows % 16)))  # the kernel wants sixteens of rows
+        codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -self.rows % 16)))  # the kernel wants 16s of rows
         halves = [(codes + 8, d, 0 * d)]
         if kind == "Q8_0":
             low = codes & 15
@@ -596,15 +619,17 @@ class QuantLinear(nn.Module):
         if not self.parts:
             return F.linear(x, dequantize(self.blocks, x.dtype))
         flat = x.reshape(-1, self.columns).bfloat16()
-        y = sum(torch.ops.aten._weight_int4pack_mm_for_cpu(flat, getattr(self, f"codes{part}"), 32,
-                                                           getattr(self, f"scales{part}")) for part in range(self.parts))
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = sum(multiply(flat, getattr(self, f"codes{part}"), 32, getattr(self, f"scales{part}"))
+                for part in range(self.parts))
         return y[:, :self.rows].reshape(*x.shape[:-1], self.rows).to(x.dtype)
 
 
 def choose_kernel(device: str = "cpu") -> tuple[bool, str]:
-    """Whether torch's int4 kernel is right and faster on this machine, found by trying, and a line that says so."""
+    """Whether torch's int4 kernel is right and faster on this machine, by trying, and a line that says so."""
+    slowly = "blocks unpacked for every use"
     if not str(device).startswith("cpu") or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return False, "readable blocks, unpacked for every use: torch's int4 kernel is for CPUs and torch 2.6 or newer"
+        return False, f"{slowly}: torch's int4 kernel needs a CPU and torch 2.6 or newer"
     random = torch.Generator().manual_seed(0)
     blocks = quantize_rows(torch.randn(1024, 1024, generator=random), "Q4_0")
     x = torch.randn(1, 1024, generator=random)
@@ -613,11 +638,11 @@ def choose_kernel(device: str = "cpu") -> tuple[bool, str]:
         layer = QuantLinear(blocks, "Q4_0", fast)
         results.append(layer(x))
         times.append(min(_seconds(lambda: layer(x)) for _ in range(5)))
-    error = float((results[0] - results[1]).norm() / results[1].norm())
-    if error > 0.02 or times[0] > times[1]:
-        return False, f"readable blocks, unpacked for every use: torch's int4 kernel is {times[0] / times[1]:.1f}x slower " \
-                      f"here or wrong (off by {100 * error:.1f}%)"
-    return True, f"torch's int4 kernel: {times[1] / times[0]:.0f}x faster here than unpacking the blocks for every use"
+    ratio, error = times[1] / times[0], float((results[0] - results[1]).norm() / results[1].norm())
+    if error > 0.02 or ratio < 1:
+        why = f"torch's int4 kernel takes {1 / ratio:.1f}x as long here, and is off by {100 * error:.1f}%"
+        return False, f"{slowly}: {why}"
+    return True, f"torch's int4 kernel: {ratio:.0f}x faster here than blocks unpacked for every use"
 
 
 def _seconds(work: Callable) -> float:
@@ -638,15 +663,15 @@ def _value(value) -> bytes:
     if isinstance(value, list):
         return struct.pack("<I", 9) + _value(value[0])[:4] + struct.pack("<Q", len(value)) + b"".join(
             _value(v)[4:] for v in value)
-    number, raw = {bool: lambda: (7, struct.pack("<?", value)), str: lambda: (8, _string(value)),
-                   np.int32: lambda: (5, struct.pack("<i", value)), int: lambda: (4, struct.pack("<I", value)),
-                   float: lambda: (6, struct.pack("<f", value))}[type(value)]()
-    return struct.pack("<I", number) + raw
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _string(value)
+    number, form = {bool: (7, "<?"), np.int32: (5, "<i"), int: (4, "<I"), float: (6, "<f")}[type(value)]
+    return struct.pack("<I", number) + struct.pack(form, value)
 
 
 def jinja(name: str) -> str:
-    """A template of data.py in the language that llama.cpp, transformers and others read. The beginning-of-text
-    token is left to llama.cpp, which adds it."""
+    """A template of data.py in the language that llama.cpp, transformers and others read. The <s> is left to
+    llama.cpp, which adds it."""
     t = data.get_template(name)
     before, after = t.ask.split("{text}")
     system, between, start, before, after, end, space = map(json.dumps, (
@@ -666,12 +691,14 @@ def header(source: Source, name: str, quantize: Optional[str]) -> dict:
     """Everything but the tensors: the shape of the network, the tokenizer, the chat template."""
     c, sp = source.config, data.Tokenizer(source.tokenizer).sp
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1 for i in range(len(pieces))]
+    kinds = [2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+             for i in range(len(pieces))]
     padding = range(c.vocab_size - len(pieces))  # rows without a piece, such as Vicuna v0's
     keys = {
         "general.architecture": "llama", "general.name": name,
         "general.file_type": {**BLOCKS, **PLAIN}[block_type("", (1, 32), quantize)].file_type,
-        "llama.vocab_size": c.vocab_size, "llama.context_length": c.max_seq_len, "llama.embedding_length": c.dim,
+        "llama.vocab_size": c.vocab_size, "llama.context_length": c.max_seq_len,
+        "llama.embedding_length": c.dim,
         "llama.block_count": c.n_layers, "llama.feed_forward_length": c.hidden_dim,
         "llama.attention.head_count": c.n_heads, "llama.attention.head_count_kv": c.n_kv_heads,
         "llama.attention.layer_norm_rms_epsilon": float(c.norm_eps),
@@ -693,7 +720,8 @@ def header(source: Source, name: str, quantize: Optional[str]) -> dict:
 
 
 def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
-    """Version 3, little endian: counts, keys, a table of tensors, then their bytes, each aligned to 32. Returns bytes.
+    """Version 3, little endian: counts, keys, a table of tensors, then their bytes, each aligned to 32.
+    Returns the size of the file.
 
     GGUF keeps q and k in Meta's order, which is ours, so nothing is permuted. One tensor in memory at a time.
     """
@@ -731,30 +759,31 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
 
 # -- python convert.py ... -----------------------------------------------------------------------------------
 
-def rows_of(path, template: str, tokenizer: data.Tokenizer) -> data.Rows:
-    """Rows of at most 256 tokens of a file: all of a text is scored, or the replies of conversations."""
-    if data.kind_of(data.read_records(path), path) == "text":
-        return data.windows(data.encode_text(data.read_text(path), tokenizer), 256, tokenizer.bos)
-    return data.pack([data.render(c, template, tokenizer) for c in data.load_conversations(path)], 256)
+def rows_of(path, template: str, tokenizer: data.Tokenizer, length: int) -> data.Rows:
+    """A file in rows of `length` tokens: all of a text is scored, or the replies of conversations."""
+    if data.kind_of(path) == "text":
+        return data.windows(data.encode_text(data.read_text(path), tokenizer), length, tokenizer.bos)
+    return data.pack([data.render(c, template, tokenizer) for c in data.load_conversations(path)], length)
 
 
 @dataclass
 class CheckConfig:
     ckpt: str  # a folder of ours, Meta's or Hugging Face's
-    data: str = ""  # text or conversations like those it has read; a page of Alice in Wonderland when not given
+    data: str = ""  # text or conversations like what it has read; a bit of Alice in Wonderland when not given
 
 
-ALICE = ("Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once "
-         "or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it.")
+ALICE = ("Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing "
+         "to do: once or twice she had peeped into the book her sister was reading, but it had no pictures or "
+         "conversations in it.")
 
 
 @torch.inference_mode()
 def check(cfg: CheckConfig) -> dict:
-    """Loss on a few rows, against guessing, and against the same weights with the rows of q and k in other orders."""
+    """Loss on a few rows, against guessing, and against the same weights with q and k in other orders."""
     net, path, meta = load(cfg.ckpt, None)
     tokenizer, c = data.Tokenizer(path), net.config
     if cfg.data:
-        rows = rows_of(cfg.data, meta["template"], tokenizer)
+        rows = rows_of(cfg.data, meta["template"], tokenizer, min(512, c.max_seq_len))
     else:
         rows = data.windows(data.encode_text(ALICE, tokenizer), 256, tokenizer.bos)
     tokens, labels, segments = rows.batch(0, min(4, len(rows)))
@@ -774,11 +803,12 @@ def check(cfg: CheckConfig) -> dict:
     other = min(loss(interleave), loss(deinterleave))
     print(f"{read:.2f} nats per token; guessing would be {guess:.2f}, q and k in another order {other:.2f}")
     if other < min(read - 0.2, 0.7 * guess):
-        raise Problem(f"{cfg.ckpt}: with the rows of q and k in another order the loss is {other:.2f} instead of {read:.2f}: "
-                      "whoever converted these weights permuted them once too often or not at all")
+        raise Problem(f"{cfg.ckpt}: with the rows of q and k in another order the loss is {other:.2f}, "
+                      f"not {read:.2f}: whoever converted the weights permuted them once too often, or never")
     if read > 0.7 * guess:
-        raise Problem(f"{cfg.ckpt}: a loss of {read:.2f} is little better than guessing ({guess:.2f}): the weights are not what "
-                      "they claim, or the tokenizer is another model's, or it never read such text (--data)")
+        raise Problem(f"{cfg.ckpt}: a loss of {read:.2f} is little better than guessing ({guess:.2f}): the "
+                      "weights are not what they claim, the tokenizer is another model's, or it never read "
+                      "such text (--data)")
     print("these weights know the language")
     return dict(loss=read, guessing=guess, permuted=other)
 
@@ -800,9 +830,9 @@ def gguf(cfg: GGUFConfig) -> dict:
 @dataclass
 class QualityConfig:
     ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
-    data: str = ""  # text or conversations nobody trained on; questions about unseen toy scenes when not given
+    data: str = ""  # text or conversations held out; questions about unseen toy scenes when not given
     questions: int = 200  # about the toy world, for the share of right answers
-    rows: int = 100  # rows of 256 tokens from --data
+    rows: int = 100  # rows of 512 tokens that are scored
 
 
 PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
@@ -815,15 +845,17 @@ def quality(cfg: QualityConfig) -> dict:
     successor, and (toy world) right answers. The measures llama.cpp reports for its formats."""
     exact, tokenizer, meta = load(cfg.ckpt)
     tokenizer, template, items = data.Tokenizer(tokenizer), meta["template"], []
+    length = min(512, exact.config.max_seq_len)
     if not cfg.data:
         import toy
         items = toy.test_set("scenes", cfg.questions)
-        asked = [data.Conversation([data.Turn("user" if role == "user" else "assistant", text) for role, text in i.turns])
-                 for i in items]
-        told = [data.Conversation([*c.turns, data.Turn("assistant", i.question.full)]) for c, i in zip(asked, items)]
-        rows = data.pack([data.render(c, template, tokenizer) for c in told], 256)
+        asked = [data.Conversation([data.Turn("user" if role == "user" else "assistant", text)
+                                    for role, text in item.turns]) for item in items]
+        told = [data.Conversation([*c.turns, data.Turn("assistant", item.question.full)])
+                for c, item in zip(asked, items)]
+        rows = data.pack([data.render(c, template, tokenizer) for c in told], length)
     else:
-        rows = rows_of(cfg.data, template, tokenizer)
+        rows = rows_of(cfg.data, template, tokenizer, length)
     batches = [rows.batch(i, 1) for i in range(min(cfg.rows, len(rows)))]
     figures = {}
     print(f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + (f"{'right':>8}" if items else ""))
@@ -834,13 +866,15 @@ def quality(cfg: QualityConfig) -> dict:
             wanted = labels[:, 1:] != data.IGNORE
             if segments is not None:
                 wanted &= segments[:, 1:] == segments[:, :-1]
-            p, q = (n(tokens, segments=segments)[:, :-1][wanted].double().log_softmax(-1) for n in (exact, net))  # (.., V)
+            p, q = (n(tokens, segments=segments)[:, :-1][wanted].double().log_softmax(-1)  # (supervised, V)
+                    for n in (exact, net))
             nats -= float(q.gather(1, tokens[:, 1:][wanted][:, None]).sum())
             kl += float((p.exp() * (p - q)).sum())
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             count += len(p)
         row = dict(bytes=size(net), perplexity=math.exp(nats / count), kl=kl / count, same_top=same / count)
-        line = f"{name:6}{size(net) / 1e6:>9.2f}{row['perplexity']:>12.4f}{row['kl']:>10.5f}{100 * row['same_top']:>9.2f}%"
+        line = f"{name:6}{row['bytes'] / 1e6:>9.2f}{row['perplexity']:>12.4f}{row['kl']:>10.5f}"
+        line += f"{100 * row['same_top']:>9.2f}%"
         if items:
             replies = data.chat(net, tokenizer, template, asked, max_new_tokens=64)[0]
             row["right"] = sum(toy.grade(i.question, r) == 1 for i, r in zip(items, replies)) / len(items)
@@ -860,48 +894,51 @@ TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=563
 
 
 def speed(cfg: SpeedConfig) -> dict:
-    """Tokens a second for one reader, in turn: ours in each precision, transformers and llama.cpp where installed
-    (LLAMA_CPP names the folder of npm's node-llama-cpp). Beside it what that moves: bytes of weights x tokens/s."""
+    """Tokens a second for one reader, in turn: ours in each precision, and transformers and llama.cpp where
+    installed (LLAMA_CPP names the folder of npm's node-llama-cpp). Beside it, the bytes that this moves.
+    """
+    figures, prompt, n = {}, list(range(3, 19)), cfg.tokens + 1
+
+    def report(name: str, bytes_: int, seconds: float) -> None:
+        figures[name] = dict(bytes=bytes_, tokens_per_second=1 / seconds, bytes_per_second=bytes_ / seconds)
+        print(f"{name:<20}{bytes_ / 1e9:>7.2f} GB{1 / seconds:>8.2f} tokens/s"
+              f"{bytes_ / seconds / 1e9:>8.1f} GB/s")
+
+    threads = torch.get_num_threads()
+    print(f"{threads} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(cfg.ckpt or scratch)
         if not cfg.ckpt:
             net = model.LLaMA(model.LLaMAConfig(**TINYLLAMA)).bfloat16()
-            tokenizer = data.train_tokenizer([data.get_template("vicuna_v1.1").system] * 9, 300, folder / "words.model")
-            model.save(folder, net, dict(step=0, template="plain"), tokenizer.path)
-            del net
-        figures = {}
-
-        def report(name: str, bytes_: int, seconds: float) -> None:
-            figures[name] = dict(bytes=bytes_, tokens_per_second=1 / seconds, bytes_per_second=bytes_ / seconds)
-            print(f"{name:<20}{bytes_ / 1e9:>7.2f} GB{1 / seconds:>8.2f} tokens/s{bytes_ / seconds / 1e9:>8.1f} GB/s")
-
-        prompt = list(range(3, 19))
-        print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+            words = data.train_tokenizer(["Once upon a time."] * 9, 300, folder / "words.model")
+            model.save(folder, net, dict(step=0, template="plain"), words.path)
         for name, (dtype, quantize) in PRECISIONS.items():
             net = load(folder, dtype, quantize=quantize)[0]
             matrices = size(net) - net.tok_embeddings.weight.nbytes  # of the embedding one row is read
-            report(f"ours, {name}", matrices, _seconds_a_token(net.generate([prompt], cfg.tokens + 1, stop=())))
-            c, net = net.config, None
+            report(f"ours, {name}", matrices, _seconds_a_token(net.generate([prompt], n, stop=())))
+        c, net = net.config, None
         try:
             import transformers
-            shape = transformers.LlamaConfig(
-                hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, vocab_size=c.vocab_size,
-                num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, rms_norm_eps=c.norm_eps)
-            theirs = transformers.LlamaForCausalLM(shape).eval()
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-                theirs = theirs.to(dtype)
-                ids = torch.tensor([prompt])
-                times = [_seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                                          min_new_tokens=n, max_new_tokens=n)) for n in (1, cfg.tokens + 1)]
-                matrices = size(theirs) - theirs.model.embed_tokens.weight.nbytes
-                report(f"transformers, {name}", matrices, (times[1] - times[0]) / cfg.tokens)
-            theirs = None
         except ImportError:
             print("transformers is not installed")
+        else:
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                    hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                    num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim,
+                    vocab_size=c.vocab_size))
+                theirs, ids = theirs.to(dtype).eval(), torch.tensor([prompt])
+                write = lambda k: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                                  min_new_tokens=k, max_new_tokens=k)
+                seconds = (_seconds(lambda: write(n)) - _seconds(lambda: write(1))) / cfg.tokens
+                matrices = size(theirs) - theirs.model.embed_tokens.weight.nbytes
+                report(f"transformers, {name}", matrices, seconds)
+            theirs = None
         if "LLAMA_CPP" in os.environ:
             file = Path(scratch) / "speed.gguf"
-            job = dict(model=str(file), prompts=[prompt], max_tokens=cfg.tokens + 1, threads=torch.get_num_threads())
-            matrices = write_gguf(folder, file, "q4") - c.vocab_size * c.dim // 32 * BLOCKS["Q8_0"].bytes
+            embedding = c.vocab_size * c.dim // 32 * BLOCKS["Q8_0"].bytes
+            matrices = write_gguf(folder, file, "q4") - embedding
+            job = dict(model=str(file), prompts=[prompt], max_tokens=n, threads=threads)
             report("llama.cpp, q4", matrices, llama_cpp(job)["seconds"][0])
     return figures
 
@@ -918,7 +955,7 @@ def llama_cpp(job: dict) -> dict:
     script = Path(__file__).parent / "tests" / "llama_cpp.mjs"
     done = subprocess.run(["node", script], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
-        raise Problem(f"llama.cpp failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+        raise Problem(f"llama.cpp failed: {done.stderr.strip()[-200:] or done.returncode}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

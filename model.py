@@ -506,7 +506,8 @@ def _crc32(meta: dict) -> int:
     return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
 
 
-PUBLISHED = ("params.json", "config.json", "adapter_config.json")  # marks of Meta's and Hugging Face's folders
+# what stands in published folders: Meta's, Hugging Face's, and MiniGPT-4's downloads
+PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from config import Problem, run
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of out/vicuna, out/alpaca, ... when not given
+    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of ours when not given
     prompt: str = ""  # ask this once and exit
     template: str = ""  # the model's own when not given
     max_new_tokens: int = 256  # longest answer
@@ -159,7 +159,8 @@ def open_chat(cfg: SampleConfig) -> Chat:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), dtype=dtype, device=device, quantize=cfg.quantize)
+    net, tokenizer_path, meta = model.load(cfg.ckpt or newest(), dtype=dtype, device=device,
+                                           quantize=cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)

@@ -23,6 +23,7 @@ import convert
 import data
 import model
 import sample
+import train_sft
 import vision
 from test_model import close
 
@@ -133,6 +134,24 @@ def test_every_loader_takes_published_folders(tmp_path, tokenizer):
     for quantize in (None, "q8", "q4"):
         cfg = sample.SampleConfig(ckpt=str(tmp_path / "vicuna"), prompt="Hi", max_new_tokens=4, quantize=quantize)
         assert sample.main(cfg)["rounds"] == 1
+
+
+def test_training_starts_from_a_published_folder(tmp_path, tokenizer):
+    """One step of fine-tuning; what comes out is a folder of ours, with the tokenizer in it."""
+    meta_folder(tmp_path / "llama" / "7B", ours(tokenizer.vocab_size), tokenizer, 2)
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps([dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}])] * 4))
+    train_sft.main(train_sft.SFTConfig(data=str(said), init=str(tmp_path / "llama" / "7B"), out=str(tmp_path / "out"),
+                                       steps=1, seq_len=512, batch_size=2, device="cpu", dtype="float32"))
+    net, path, meta = model.load(tmp_path / "out" / "said")
+    assert meta["template"] == "vicuna_v1.1" and path.read_bytes() == tokenizer.path.read_bytes()
+    assert net.config.n_kv_heads == 2 and net.config.max_seq_len == 2048
+
+
+def test_padding_rows_are_silent(tokenizer):
+    """Vicuna v0 can choose its row 32,000, which is no piece: SentencePiece would raise IndexError."""
+    ids = tokenizer.encode("A chat")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size]) == tokenizer.decode(ids) == "A chat"
 
 
 # -- Meta's folders ------------------------------------------------------------------------------------------
