@@ -74,8 +74,9 @@ class Tokenizer:
         return ids[ids.index(self._newline) + 1:]
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
+        ids = [i for i in ids if i < self.vocab_size]  # published models have rows without a piece: padding
         if not continuation:
-            return self.sp.decode(list(ids))
+            return self.sp.decode(ids)
         return self.sp.decode([self._newline, *ids])[1:]
 
 

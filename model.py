@@ -364,6 +364,12 @@ class LLaMA(nn.Module):
             tokens, images = ids[:, None], None
 
 
+def count(config: LLaMAConfig) -> int:
+    """Parameters of a network of this shape, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LLaMA(config).parameters())
+
+
 def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
     """Position of each token, (T,) or (B, T), and who may look at whom, (B, 1, T, S) or None for plain causal."""
     here = torch.arange(past, past + T, device=device)
@@ -501,6 +507,10 @@ def _crc32(meta: dict) -> int:
     return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
 
 
+# what stands in published folders: Meta's, Hugging Face's, and MiniGPT-4's downloads
+PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda p: int(p.name[len("step-"):]))
 
@@ -508,7 +518,7 @@ def _steps(folder: Path) -> list[Path]:
 def find(folder) -> Path:
     """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
     folder = Path(folder)
-    if (folder / "model.pt").exists():
+    if any((folder / mark).exists() for mark in ("model.pt", *PUBLISHED)):
         return folder
     if (folder / "latest").exists():
         named = folder / (folder / "latest").read_text().strip()
@@ -549,12 +559,8 @@ def fingerprint(folder) -> str:
         return f"{zlib.crc32(repr([part.CRC for part in z.infolist()]).encode()):08x}"
 
 
-def load(folder, mmap: bool = False, network: Optional[nn.Module] = None) -> tuple[nn.Module, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
-
-    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen parts.
-    """
-    step = find(folder)
+def read_meta(step: Path) -> dict:
+    """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
     tokenizer = step / "tokenizer.model"
     try:
         meta = json.loads((step / "meta.json").read_text())
@@ -564,6 +570,33 @@ def load(folder, mmap: bool = False, network: Optional[nn.Module] = None) -> tup
         raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
     if "tokenizer_sha256" in meta and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
         raise Problem(f"{tokenizer} is damaged (checksum is wrong)")
+    return meta
+
+
+def peek(folder) -> tuple[LLaMAConfig, Path, dict]:
+    """As load, but the shape of the model instead of the model: no weights are read."""
+    step = find(folder)
+    if not (step / "meta.json").exists():
+        import convert  # only here: the names and formats of others are its business
+        source = convert.open_folder(step)
+        return source.config, source.tokenizer, source.meta
+    meta = read_meta(step)
+    return LLaMAConfig(**meta["config"]), step / "tokenizer.model", meta
+
+
+def load(folder, mmap: bool = False, network: Optional[nn.Module] = None,
+         **options) -> tuple[nn.Module, Path, dict]:
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
+
+    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen
+    parts. Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are
+    for convert.load, which reads one tensor at a time.
+    """
+    step = find(folder)
+    if options or not (step / "meta.json").exists():
+        import convert
+        return convert.load(step, **options)
+    meta = read_meta(step)
     weights = {name: w.float() for name, w in read(step / "model.pt", mmap).items()}
     if network is None:
         with torch.device("meta"):  # shapes only: the weights are about to come
@@ -577,7 +610,7 @@ def load(folder, mmap: bool = False, network: Optional[nn.Module] = None) -> tup
                       + " ".join(str(error).split("\n\t")[1:3])) from None
     if network is None:
         model.tie()
-    return model.eval(), tokenizer, meta
+    return model.eval(), step / "tokenizer.model", meta
 
 
 # -- the estimator: python model.py --preset=7B --gpus=8 --seq=2048 --batch=4 --------------------------------

@@ -28,7 +28,7 @@ from config import Problem, run
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder; the newest of out/vicuna, out/alpaca, out/base, ... when not given
+    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of ours when not given
     prompt: str = ""  # ask this once and exit
     image: str = ""  # a picture that the first question is about
     template: str = ""  # the model's own when not given
@@ -40,6 +40,7 @@ class SampleConfig:
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 from 1 B parameters up
+    quantize: Optional[Literal["q8", "q4"]] = None  # matrices in eight or four bits, llama.cpp's blocks
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -201,16 +202,19 @@ def open_chat(cfg: SampleConfig) -> Chat:
     folder = cfg.ckpt or newest()
     if cfg.image and not cfg.ckpt and (Path("out/minigpt4") / "latest").exists():
         folder = "out/minigpt4"
-    sees = "vision" in json.loads((model.find(folder) / "meta.json").read_text()).get("settings", {})
-    net, tokenizer_path, meta = (vision if sees else model).load(folder)
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    large = sum(p.numel() for p in net.parameters()) > 1e9
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and large) else torch.float32
+    meta = model.find(folder) / "meta.json"
+    if meta.exists() and "vision" in json.loads(meta.read_text()).get("settings", {}):
+        net, tokenizer_path, meta = vision.load(folder)
+        net = net.to(device)
+    else:
+        dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
+        net, tokenizer_path, meta = model.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
-    return Chat(net.to(device, dtype), data.Tokenizer(tokenizer_path), template, cfg)
+    return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
 
 
 def say(chat: Chat, text: str, retry: int = 0) -> None:
@@ -271,7 +275,7 @@ def main(cfg: SampleConfig) -> dict:
             import readline  # noqa: F401  arrow keys and history, where Python has it
         except ImportError:
             pass
-        print(f"{sum(p.numel() for p in chat.net.parameters()) / 1e6:.1f} M parameters, template {chat.template}. "
+        print(f"{model.count(chat.net.config) / 1e6:.1f} M parameters, template {chat.template}. "
               f"{'/image ' if chat.eyes else ''}/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
     while True:
         try:

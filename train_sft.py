@@ -586,10 +586,10 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
 def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "", shape: Optional[dict] = None,
               tokenizer: Optional[data.Tokenizer] = None) -> model.LLaMA:
     """Alpaca and Vicuna: replies and their end mark are learned, nothing else. The template travels in meta.json."""
-    tokenizer = tokenizer or data.Tokenizer(model.find(parent) / "tokenizer.model")
     template = cfg.template or data.default_template(path)
     if parent:
-        room = json.loads((model.find(parent) / "meta.json").read_text())["config"]["max_seq_len"]
+        known, words, _ = model.peek(parent)
+        tokenizer, room = tokenizer or data.Tokenizer(words), known.max_seq_len
         if cfg.seq_len > room:
             raise Problem(f"--seq_len={cfg.seq_len} is more than the {room} positions of {parent}")
     rows = conversation_rows(path, template, tokenizer, cfg)
