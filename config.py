@@ -113,15 +113,18 @@ def describe(cfg) -> str:
 
 
 def run(main: Callable, cls, presets: Optional[dict] = None) -> None:
-    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands."""
+    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands; the command
+    "" is the one that need not be named."""
     script, argv = sys.argv[0].split("/")[-1], sys.argv[1:]
     try:
-        if isinstance(cls, dict):
+        if isinstance(cls, dict) and "" in cls and (not argv or argv[0].startswith("-")):
+            main, cls = cls[""]
+        elif isinstance(cls, dict):
             if not argv or argv[0] not in cls:
                 asked = argv[0] if argv and not argv[0].startswith("-") else ""
                 near = difflib.get_close_matches(asked, cls, 1)
                 raise Problem(f"unknown command {asked}; did you mean {near[0]}?" if near else
-                              f"say what to do: python {script} {'|'.join(cls)} ...")
+                              f"say what to do: python {script} {'|'.join(filter(None, cls))} ...")
             main, cls = cls[argv[0]]
             script, argv = f"{script} {argv[0]}", argv[1:]
         main(from_cli(cls, argv, presets, prog=script))

@@ -68,7 +68,7 @@ class LLaMAConfig:
 
 # Table 2 of [1]; the small ones are ours.
 PRESETS = {
-    "toy": dict(dim=128, n_layers=4, n_heads=4, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
@@ -258,8 +258,8 @@ class LLaMA(nn.Module):
             raise Problem(f"{past + T} tokens do not fit into the context of {limit}")
         slots = tokens == IMAGE_SLOT
         x = self.tok_embeddings(tokens.masked_fill(slots, 0))  # (B, T, C)
-        n_images = 0 if images is None else len(images)
-        if n_images or bool(slots.any()):
+        if images is not None or bool(slots.any()):  # none of none, too: FSDP waits for every rank's gradient
+            n_images = 0 if images is None else len(images)
             if int(slots.sum()) != n_images:
                 raise Problem(f"{int(slots.sum())} image slots in the text, but {n_images} image vectors")
             if images.shape[1:] != x.shape[2:]:
@@ -362,6 +362,12 @@ class LLaMA(nn.Module):
                 return
             seen.scatter_(1, ids[:, None], True)
             tokens, images = ids[:, None], None
+
+
+def count(config: LLaMAConfig) -> int:
+    """Parameters of a network of this shape, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LLaMA(config).parameters())
 
 
 def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
@@ -501,6 +507,10 @@ def _crc32(meta: dict) -> int:
     return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
 
 
+# what stands in published folders: Meta's, Hugging Face's, and MiniGPT-4's downloads
+PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda p: int(p.name[len("step-"):]))
 
@@ -508,7 +518,7 @@ def _steps(folder: Path) -> list[Path]:
 def find(folder) -> Path:
     """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
     folder = Path(folder)
-    if (folder / "model.pt").exists():
+    if any((folder / mark).exists() for mark in ("model.pt", *PUBLISHED)):
         return folder
     if (folder / "latest").exists():
         named = folder / (folder / "latest").read_text().strip()
@@ -543,9 +553,14 @@ def read(path: Path, mmap: bool = False) -> dict:
         raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
 
 
-def load(folder, mmap: bool = False) -> tuple[LLaMA, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged."""
-    step = find(folder)
+def fingerprint(folder) -> str:
+    """Tells two trainings apart by the checksums inside model.pt, without reading the weights."""
+    with zipfile.ZipFile(find(folder) / "model.pt") as z:
+        return f"{zlib.crc32(repr([part.CRC for part in z.infolist()]).encode()):08x}"
+
+
+def read_meta(step: Path) -> dict:
+    """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
     tokenizer = step / "tokenizer.model"
     try:
         meta = json.loads((step / "meta.json").read_text())
@@ -555,15 +570,47 @@ def load(folder, mmap: bool = False) -> tuple[LLaMA, Path, dict]:
         raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
     if "tokenizer_sha256" in meta and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
         raise Problem(f"{tokenizer} is damaged (checksum is wrong)")
-    with torch.device("meta"):  # shapes only: the weights are about to come
-        model = LLaMA(LLaMAConfig(**meta["config"]))
+    return meta
+
+
+def peek(folder) -> tuple[LLaMAConfig, Path, dict]:
+    """As load, but the shape of the model instead of the model: no weights are read."""
+    step = find(folder)
+    if not (step / "meta.json").exists():
+        import convert  # only here: the names and formats of others are its business
+        source = convert.open_folder(step)
+        return source.config, source.tokenizer, source.meta
+    meta = read_meta(step)
+    return LLaMAConfig(**meta["config"]), step / "tokenizer.model", meta
+
+
+def load(folder, mmap: bool = False, network: Optional[nn.Module] = None,
+         **options) -> tuple[nn.Module, Path, dict]:
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
+
+    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen
+    parts. Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are
+    for convert.load, which reads one tensor at a time.
+    """
+    step = find(folder)
+    if options or not (step / "meta.json").exists():
+        import convert
+        return convert.load(step, **options)
+    meta = read_meta(step)
+    weights = {name: w.float() for name, w in read(step / "model.pt", mmap).items()}
+    if network is None:
+        with torch.device("meta"):  # shapes only: the weights are about to come
+            model = LLaMA(LLaMAConfig(**meta["config"]))
+    else:
+        model, weights = network, {**network.state_dict(), **weights}
     try:
-        model.load_state_dict({name: w.float() for name, w in read(step / "model.pt", mmap).items()}, assign=True)
+        model.load_state_dict(weights, assign=network is None)
     except RuntimeError as error:
         raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
                       + " ".join(str(error).split("\n\t")[1:3])) from None
-    model.tie()
-    return model.eval(), tokenizer, meta
+    if network is None:
+        model.tie()
+    return model.eval(), step / "tokenizer.model", meta
 
 
 # -- the estimator: python model.py --preset=7B --gpus=8 --seq=2048 --batch=4 --------------------------------

@@ -13,7 +13,7 @@ FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -303,6 +303,7 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             block.compile()
     if machine.sharded:
         shard(net, machine)
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     optimizer = make_optimizer(net, cfg)  # after shard(): it must see the shards
     if optimizer_state:
         set_optimizer_state_dict(net, optimizer, optimizer_state, options=WHOLE)
@@ -319,7 +320,10 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
         optim = {} if finished else get_optimizer_state_dict(net, optimizer, options=WHOLE)
         if machine.rank == 0:
             metrics.flush()
-            weights, adapters = model.merge_lora(weights) if cfg.lora_rank else (weights, None)
+            if cfg.lora_rank:
+                weights, adapters = model.merge_lora(weights)
+            else:  # what is frozen is on disk already
+                weights, adapters = {name: w for name, w in weights.items() if name not in frozen}, None
             target = model.save(folder, llama, {**meta, "step": step, "finished": finished,
                                                 "loss": losses[-1] if losses else None},
                                 tokenizer.path, optim or None, weights=weights, adapters=adapters)
@@ -357,7 +361,8 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             elapsed = time.perf_counter() - began
             used, seen = used + elapsed, seen + cfg.batch_size * cfg.seq_len
             losses.append(loss)
-            work = flops(llama, batch[0].numel(), int((batch[1] != data.IGNORE).sum()), cfg.seq_len)
+            work = net.flops(*batch) if hasattr(net, "flops") else flops(
+                llama, batch[0].numel(), int((batch[1] != data.IGNORE).sum()), cfg.seq_len)
             metrics.write(json.dumps(dict(step=step, loss=round(loss, 5), lr=group["lr"], norm=round(norm, 4),
                                           tokens_per_s=round(cfg.batch_size * cfg.seq_len / elapsed))) + "\n")
             bar.update()
@@ -381,8 +386,12 @@ SETTINGS = ("steps", "seq_len", "batch_size", "learning_rate", "warmup", "min_lr
 
 
 def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, tokenizer: data.Tokenizer, template: str,
-              source: str, parent: str = "", shape: Optional[dict] = None) -> model.LLaMA:
-    """Trains cfg.out/name, from the checkpoint `parent` or from random weights of `shape`. Returns the model."""
+              source: str, parent: str = "", shape: Optional[dict] = None, network: Optional[torch.nn.Module] = None,
+              beside: Optional[dict] = None) -> torch.nn.Module:
+    """Trains cfg.out/name, from the checkpoint `parent` or from random weights of `shape`. Returns the model.
+
+    Or trains what is not frozen in `network`; `beside` names what the run also depends on.
+    """
     folder = Path(cfg.out) / name
     if not cfg.learning_rate:
         large = cfg.preset not in ("toy", "small")
@@ -391,14 +400,16 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
         raise Problem(f"--lora_rank={cfg.lora_rank} adapts a trained model: give --init=FOLDER")
     settings = {key: getattr(cfg, key) for key in SETTINGS}
     settings.update(template=template, data=source, parent=parent and str(model.find(parent)), shape=shape,
-                    tokenizer=digest(tokenizer.path))
+                    tokenizer=data.digest(tokenizer.path), **(beside or {}))
     meta = dict(stage=name, template=template, parent=settings["parent"], settings=settings, processes=machine.world)
-    found = newest_whole(folder, settings, machine) if cfg.resume == "auto" else None
+    found = newest_whole(folder, settings, machine, network) if cfg.resume == "auto" else None
     if found and found.optimizer is None:
         print(f"{name}: {folder} is trained already ({found.step} steps); --resume=never trains it again")
         return found.net.to(machine.device).eval()
     if found and not cfg.lora_rank:
         net = found.net
+    elif network is not None:
+        net = network
     elif parent:
         net = adopt(parent, tokenizer, machine)
     else:
@@ -419,7 +430,8 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
         what = f"from {settings['parent']}" if parent else "from random weights"
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"\n{name}: {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters {what}"
-              + (f", {trained / 1e6:.2f} M of them trained" if cfg.lora_rank else "") + f"; {cfg.steps} steps of "
+              + (f", {trained / 1e6:.2f} M of them trained" if cfg.lora_rank or network else "")
+              + f"; {cfg.steps} steps of "
               f"{cfg.batch_size} x {cfg.seq_len} tokens, {len(rows)} rows, learning rate {cfg.learning_rate:g}")
         machine.wait()  # nobody may still be looking for checkpoints in there
         for old in folder.glob("step-*") if machine.rank == 0 else ():
@@ -439,12 +451,12 @@ class Found(NamedTuple):
     meta: dict
 
 
-def newest_whole(folder: Path, settings: dict, machine: Machine) -> Optional[Found]:
+def newest_whole(folder: Path, settings: dict, machine: Machine, network: Optional[torch.nn.Module]) -> Optional[Found]:
     """The newest checkpoint of the run whose files are undamaged; None when there is none at all."""
     steps = model.history(folder) if any(folder.glob("step-*")) else []
     for step in steps:
         try:
-            net, _, meta = model.load(step, mmap=machine.sharded)
+            net, _, meta = model.load(step, machine.sharded, network)
             state = None if meta["finished"] else model.read(step / "optim.pt", mmap=machine.sharded)
             adapters = model.read(step / "lora.pt") if meta["settings"].get("lora_rank") else {}
         except (Problem, OSError) as damage:
@@ -490,23 +502,17 @@ def adopt(parent: str, tokenizer: data.Tokenizer, machine: Machine) -> model.LLa
     return net
 
 
-def digest(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
 def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTConfig) -> data.Rows:
-    report = Counter()
-    conversations = data.load_conversations(path, report)
-    examples = [data.render(c, template, tokenizer) for c in
-                tqdm(conversations, desc=f"tokenising {Path(path).name}", leave=False, disable=len(conversations) < 5000)]
+    report = data.Report()
+    examples = data.tokenise(path, template, tokenizer, report)
     rows = data.pack(examples, cfg.seq_len, cfg.seed, pad=tokenizer.eos)
-    long = sum(len(e.tokens) > cfg.seq_len for e in examples)
-    learned = sum(label != data.IGNORE for e in examples for label in e.labels)
-    total = sum(len(e.tokens) for e in examples)
-    print(f"{path}: {len(conversations)} conversations, {total} tokens, {learned} learned ({100 * learned / total:.0f}%), "
-          f"{100 * total / rows.tokens.size if not long else 100:.0f}% of the rows filled"
-          + (f"; {long} longer than {cfg.seq_len} tokens were cut (--seq_len)" if long else "")
-          + "".join(f"; {reason}: {n}" for reason, n in report.items()))
+    lengths = np.diff(examples.ends, prepend=0)
+    long = int((lengths > cfg.seq_len).sum())
+    total, learned = len(examples.tokens), int(examples.learned.sum())
+    print(f"{path}: {len(examples)} conversations, {total} tokens, {learned} learned ({100 * learned / total:.0f}%), "
+          f"{100 * np.minimum(lengths, cfg.seq_len).sum() / rows.tokens.size:.0f}% of the rows filled"
+          + (f"; {long} longer than {cfg.seq_len} tokens were cut (--seq_len, or python data.py split)" if long else "")
+          + str(report))
     if not (rows.labels != data.IGNORE).any():
         raise Problem(f"{path}: nothing to learn in it: no reply fits into --seq_len={cfg.seq_len} tokens")
     return rows
@@ -535,15 +541,16 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
     Plain text is one stream. JSON lines with a "text" each are documents: several share a row without seeing each
     other, each between <s> and </s>.
     """
-    records = data.read_records(path)
-    if records is None:
+    plain = data.kind_of(path) == "text"
+    if plain:
         text = data.read_text(path)
         cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
         learn, held = [text[:cut]], [text[cut:]]
     else:
-        texts = [r["text"] for r in records if isinstance(r.get("text"), str) and r["text"].strip()]
-        if len(texts) < len(records):
-            print(f"{path}: {len(records) - len(texts)} records without text are left out")
+        found = [r.get("text") if isinstance(r, dict) else None for r in data.read_records(path)]
+        texts = [t for t in found if isinstance(t, str) and t.strip()]
+        if len(texts) < len(found):
+            print(f"{path}: {len(found) - len(texts)} records without text are left out")
         cut = len(texts) * 9 // 10
         learn, held = texts[:cut], texts[cut:]
     if tokenizer is None:
@@ -552,7 +559,7 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
             data.train_tokenizer(learn[:10000], cfg.vocab_size, trained)
         machine.wait()
         tokenizer = data.Tokenizer(trained)
-    if records is None:
+    if plain:
         ids = data.encode_text(learn[0], tokenizer)
         rows = data.TextRows(ids, cfg.seq_len, tokenizer.bos, cfg.seed)
         held_rows = data.windows(data.encode_text(held[0], tokenizer), cfg.seq_len, tokenizer.bos)
@@ -568,7 +575,7 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
         cfg = replace(cfg, steps=max(1, round(cfg.epochs * len(rows) / cfg.batch_size)))
     print(f"{path}: {characters} characters, {tokens} tokens to learn from, {tokenizer.vocab_size} pieces "
           f"({characters / max(1, tokens):.2f} characters per token)")
-    net = run_stage(cfg, name, machine, rows, tokenizer, "plain", digest(path), shape=model.PRESETS[cfg.preset])
+    net = run_stage(cfg, name, machine, rows, tokenizer, "plain", data.digest(path), shape=model.PRESETS[cfg.preset])
     loss = validate(net, held_rows, machine)
     count = int((held_rows.labels[:, 1:] != data.IGNORE).sum())
     print(f"{name}: validation loss {loss / count:.3f} nats per token, {loss / held_characters:.3f} per character, over "
@@ -579,16 +586,16 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path, tokenizer: Optio
 def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "", shape: Optional[dict] = None,
               tokenizer: Optional[data.Tokenizer] = None) -> model.LLaMA:
     """Alpaca and Vicuna: replies and their end mark are learned, nothing else. The template travels in meta.json."""
-    tokenizer = tokenizer or data.Tokenizer(model.find(parent) / "tokenizer.model")
     template = cfg.template or data.default_template(path)
     if parent:
-        room = json.loads((model.find(parent) / "meta.json").read_text())["config"]["max_seq_len"]
+        known, words, _ = model.peek(parent)
+        tokenizer, room = tokenizer or data.Tokenizer(words), known.max_seq_len
         if cfg.seq_len > room:
             raise Problem(f"--seq_len={cfg.seq_len} is more than the {room} positions of {parent}")
     rows = conversation_rows(path, template, tokenizer, cfg)
     if not cfg.steps:  # small files need more than a few passes to move a toy model at all
         cfg = replace(cfg, steps=max(200 if cfg.preset == "toy" else 1, round(cfg.epochs * len(rows) / cfg.batch_size)))
-    return run_stage(cfg, name, machine, rows, tokenizer, template, digest(path), parent, shape)
+    return run_stage(cfg, name, machine, rows, tokenizer, template, data.digest(path), parent, shape)
 
 
 # -- your own file -------------------------------------------------------------------------------------------
@@ -596,7 +603,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
 def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     """--data alone: what the file is decides what happens, and the choice is printed."""
     name, base = Path(cfg.data).stem.split(".")[0], Path(cfg.out) / "base"
-    kind = data.kind_of(data.read_records(cfg.data), cfg.data)
+    kind = data.kind_of(cfg.data)
     if kind == "text":
         if cfg.stage == "sft":
             raise Problem(f"{cfg.data} is plain text; --stage=sft needs conversations (ShareGPT or Alpaca format)")
@@ -612,10 +619,9 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
         print(f"{cfg.data} is {kind}: fine-tuning {cfg.init}, template {template}")
         fine_tune(cfg, name, machine, cfg.data, cfg.init)
         return dict(folder=str(Path(cfg.out) / name))
-    conversations = data.load_conversations(cfg.data)
-    texts = [t.text for c in conversations for t in c.turns]
+    texts = lambda: (t.text for c in data.stream_conversations(cfg.data, data.Report()) for t in c.turns)
     if (base / "latest").exists():
-        tokenizer, sample = data.find_tokenizer(str(base)), "\n".join(texts[:200])
+        tokenizer, sample = data.find_tokenizer(str(base)), "\n".join(itertools.islice(texts(), 200))
         density = len(sample) / len(tokenizer.encode(sample))
         if density > 1.5:
             print(f"{cfg.data} is {kind}: fine-tuning {base} (its tokenizer gives {density:.1f} characters per token), "
@@ -630,7 +636,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     text = Path(cfg.out) / "data" / f"{name}.txt"
     if machine.rank == 0:
         text.parent.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n\n".join(texts))
+        text.write_text("\n\n".join(texts()))
     machine.wait()
     pretrain(replace(cfg, learning_rate=0.0, steps=cfg.steps or 400), name + "-base", machine, text)
     fine_tune(cfg, name, machine, cfg.data, str(Path(cfg.out) / (name + "-base")))
@@ -658,6 +664,20 @@ def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
     return paths
 
 
+def toy_tokenizer(paths: dict[str, Path], cfg: SFTConfig, machine: Machine) -> data.Tokenizer:
+    """One tokenizer for the whole chain, trained on a sample of all that will be read: one that has met no question
+    spells questions in bits, and a conversation costs it almost twice the tokens."""
+    path = Path(cfg.out) / "data" / "toy.model"
+    if machine.rank == 0:
+        lines = [record["text"] for record in itertools.islice(data.read_records(paths["base"]), 6000)]
+        for name in ("alpaca", "vicuna"):
+            sample = itertools.islice(data.stream_conversations(paths[name], data.Report()), 3000)
+            lines += [f"{t.input}\n{t.text}" for c in sample for t in c.turns]
+        data.train_tokenizer(lines, cfg.vocab_size, path)
+    machine.wait()
+    return data.Tokenizer(path)
+
+
 def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, shots: str = ""):
     """A player answers test items: items -> (replies, ended by itself). A base model sees plain text and is cut at
     its first newline; `shots` are solved examples put before the question."""
@@ -666,7 +686,7 @@ def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, sho
         for item in items:
             turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
             if template == "plain":
-                turns = [data.Turn("user", shots + "\n".join(t.text for t in turns))]
+                turns = [data.Turn("user", shots + "\n".join(t.text for t in turns) + "\n")]
             conversations.append(data.Conversation(turns))
         replies, ended = data.chat(net, tokenizer, template, conversations, max_new_tokens=64, batch=150)
         return [r.strip().split("\n")[0] for r in replies] if template == "plain" else replies, ended
@@ -762,8 +782,8 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     paths = write_toy_data(out / "data", sizes, cfg.seed)
     shape = model.PRESETS[cfg.preset]
     stage = lambda name: replace(cfg, steps=cfg.steps or sizes[name])
-    base = pretrain(stage("base"), "base", machine, paths["base"])
-    tokenizer = data.Tokenizer(model.find(out / "base") / "tokenizer.model")
+    tokenizer = toy_tokenizer(paths, cfg, machine)
+    base = pretrain(stage("base"), "base", machine, paths["base"], tokenizer)
     alpaca = fine_tune(stage("alpaca"), "alpaca", machine, paths["alpaca"], str(out / "base"))
     vicuna = fine_tune(stage("vicuna"), "vicuna", machine, paths["vicuna"], str(out / "base"))
     unread = fine_tune(stage("vicuna"), "control", machine, paths["vicuna"], shape=shape, tokenizer=tokenizer)
