@@ -1,12 +1,12 @@
 """What each trick costs and saves, measured on your machine.
 
-    python bench.py           # the ladder: attention by hand, fused, bfloat16, packing, learned logits only, ...
-    python bench.py --peer    # and transformers' Llama of the same shape, in the same run (pip install transformers)
-    python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000     # the ladder on your file
+    python bench.py           # the ladder: attention by hand, fused, bfloat16, packing, learned logits, ...
+    python bench.py --peer    # and transformers' Llama of the same shape, in the same run
+    python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000   # your file
     python bench.py --only=step --preset=7B --vocab_size=32000 --seq_len=2048 --rows=1 --checkpointing
 
-Every row is a process of its own, so that its peak of memory is its own: the libraries' share, measured after a
-tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
+Every row is a process of its own, so that its peak of memory is its own: the libraries' share, measured after
+a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from config import Problem, run
 
 @dataclass
 class BenchConfig:
-    only: Literal["ladder", "peer", "step"] = "ladder"  # step: one step of one shape, memory beside the estimator's
+    only: Literal["ladder", "peer", "step"] = "ladder"  # step: one shape, memory beside the estimator's
     peer: bool = False  # compare with transformers, too
     preset: str = ""  # shape from model.PRESETS instead of the next three
     dim: int = 256  # width
@@ -102,7 +102,8 @@ class AllLogits(model.LLaMA):
         labels = labels[:, 1:]
         if segments is not None:
             labels = labels.masked_fill(segments[:, 1:] != segments[:, :-1], data.IGNORE)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORE, reduction="sum")
+        logits, flat = logits.flatten(0, 1), labels.flatten()
+        loss = F.cross_entropy(logits, flat, ignore_index=data.IGNORE, reduction="sum")
         return loss, (labels != data.IGNORE).sum()
 
 
@@ -115,7 +116,7 @@ class Batch(NamedTuple):
 
 
 def conversations(cfg: BenchConfig) -> list[data.Example]:
-    """Shuffled, cut to a row, enough for the padded rows of the ladder; the packed ones need more and start over."""
+    """Shuffled, and cut to a row."""
     if cfg.data:
         found, template = data.load_conversations(cfg.data), data.default_template(cfg.data)
     else:
@@ -128,9 +129,10 @@ def conversations(cfg: BenchConfig) -> list[data.Example]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             texts = [t.text for c in found for t in c.turns]
-            tokenizer = data.train_tokenizer(texts, min(cfg.vocab_size, 1024), Path(folder) / "tokenizer.model")
+            size = min(cfg.vocab_size, 1024)
+            tokenizer = data.train_tokenizer(texts, size, Path(folder) / "tokenizer.model")
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise Problem(f"the tokenizer has {tokenizer.vocab_size} pieces: give --vocab_size={tokenizer.vocab_size}")
+        raise Problem(f"the tokenizer has more pieces than that: give --vocab_size={tokenizer.vocab_size}")
     random.Random(1).shuffle(found)
     examples = [data.render(c, template, tokenizer) for c in found[:4000]]
     return [data.Example(e.tokens[:cfg.seq_len], e.labels[:cfg.seq_len]) for e in examples]
@@ -297,20 +299,22 @@ def ladder(cfg: BenchConfig) -> list[dict]:
             r = alone(row, cfg, examples)
         rows.append(r)
         print(f"{r['name']:<32}{r['dtype']:>9}{r['tokens']:>9.0f}{r['learned']:>9.0f}"
-              f"{100 * r['utilisation']:>7.0f}{r['memory'] / 1e9:>8.2f}{abs(r['loss'] - rows[0]['loss']):>10.1e}"
-              f"{100 * r['filled']:>8.1f}%", flush=True)
+              f"{100 * r['utilisation']:>7.0f}{r['memory'] / 1e9:>8.2f}"
+              f"{abs(r['loss'] - rows[0]['loss']):>10.1e}{100 * r['filled']:>8.1f}%", flush=True)
     return rows
 
 
 def one_step(cfg: BenchConfig) -> dict:
     """A step of this shape on random rows: speed, and memory beside the estimator's."""
     c = cfg.shape
+    # glibc keeps freed tensors below 32 MB for later, in pieces; given back at once, the peak is what is in use
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 ** 20))
     r = alone(Row("step", dtype=cfg.dtype, checkpointing=cfg.checkpointing, compile=cfg.compile), cfg)
     said = model.memory(c, 1, cfg.rows, cfg.seq_len, getattr(torch, r["dtype"]), cfg.checkpointing)["peak"]
     again = model.step_flops(c, cfg.seq_len, cfg.checkpointing) / model.step_flops(c, cfg.seq_len)
-    mfu, hfu = r["utilisation"], r["utilisation"] * again  # of the model; of the hardware, which computes some twice
-    print(f"{cfg.rows} x {cfg.seq_len} tokens, {r['dtype']}: {r['tokens']:.0f} tok/s, {r['seconds']:.2f} s a step; "
-          f"MFU {100 * mfu:.1f}%, HFU {100 * hfu:.1f}% of the measured matrix product; peak memory "
+    mfu, hfu = r["utilisation"], r["utilisation"] * again  # the model's; the chip's
+    print(f"{cfg.rows} x {cfg.seq_len} tokens, {r['dtype']}: {r['tokens']:.0f} tok/s, {r['seconds']:.2f} s a "
+          f"step; MFU {100 * mfu:.1f}%, HFU {100 * hfu:.1f}% of the measured matrix product; peak memory "
           f"{r['memory'] / 1e9:.2f} GB, estimated {said / 1e9:.2f} ({100 * (said / r['memory'] - 1):+.1f}%)")
     return dict(r, estimated=said, hfu=hfu)
 
@@ -324,12 +328,13 @@ def twin(shape: model.LLaMAConfig):
         raise Problem("--peer needs transformers: pip install transformers") from None
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.dim, intermediate_size=shape.hidden_dim,
-        num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads,
+        num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
         rms_norm_eps=shape.norm_eps, max_position_embeddings=shape.max_seq_len, use_cache=False))
 
 
 class Peer(torch.nn.Module):
-    """transformers' Llama behind our loop: as its Trainer would call it, padding masked, logits for every token."""
+    """transformers' Llama as its Trainer would call it: padding masked, logits for every token."""
 
     def __init__(self, shape: model.LLaMAConfig):
         super().__init__()
