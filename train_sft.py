@@ -486,7 +486,7 @@ def explained(cfg: SFTConfig, machine: Machine, folder: Path):
             raise Problem(f"out of memory. Try {', '.join(knobs + ['a smaller --seq_len', 'more processes'])}; "
                           "`python model.py --preset=7B --gpus=8` says what a shape needs") from None
         if machine.sharded and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
-            raise Problem(f"rank {machine.rank} waited in vain for another process ({text.splitlines()[0]}); what is saved "
+            raise Problem(f"rank {machine.rank} waited in vain for another process ({text.split('. ')[0]}); what is saved "
                           f"in {folder} is intact: run the same command again") from None
         raise
 
