@@ -82,7 +82,7 @@ def from_cli(cls: type, argv: Optional[list[str]] = None, presets: Optional[dict
     for name in positional:
         parser.add_argument(name, help=notes.get(name, "").replace("%", "%%"))
     if presets:
-        parser.add_argument("preset", nargs="?", help="one of: " + ", ".join(presets))
+        parser.add_argument("presets", metavar="preset", nargs="?", help="one of: " + ", ".join(presets))
     for f in fields:
         if f.name not in positional:
             flag = dict(nargs="?", const=True) if f.type is bool else {}
@@ -96,12 +96,12 @@ def from_cli(cls: type, argv: Optional[list[str]] = None, presets: Optional[dict
         near = difflib.get_close_matches(extra[0].split("=")[0], ["--" + f.name for f in fields], 1, 0.5)
         raise Problem(f"unknown option {extra[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     values = {}
-    if presets and space.preset:
-        if space.preset not in presets:
-            near = difflib.get_close_matches(space.preset, presets, 1)
-            raise Problem(f"unknown preset {space.preset}" + (f"; did you mean {near[0]}?" if near else
+    if presets and space.presets:
+        if space.presets not in presets:
+            near = difflib.get_close_matches(space.presets, presets, 1)
+            raise Problem(f"unknown preset {space.presets}" + (f"; did you mean {near[0]}?" if near else
                           f"; there are {', '.join(presets)}"))
-        values.update(presets[space.preset])
+        values.update(presets[space.presets])
     values.update({name: getattr(space, name) for name in positional + sorted(space.given)})
     return cls(**values)
 
@@ -113,15 +113,18 @@ def describe(cfg) -> str:
 
 
 def run(main: Callable, cls, presets: Optional[dict] = None) -> None:
-    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands."""
+    """Script entry. `cls` is a dataclass, or {command: (main, dataclass)} when the script has commands; the command
+    "" is the one that need not be named."""
     script, argv = sys.argv[0].split("/")[-1], sys.argv[1:]
     try:
-        if isinstance(cls, dict):
+        if isinstance(cls, dict) and "" in cls and (not argv or argv[0].startswith("-")):
+            main, cls = cls[""]
+        elif isinstance(cls, dict):
             if not argv or argv[0] not in cls:
                 asked = argv[0] if argv and not argv[0].startswith("-") else ""
                 near = difflib.get_close_matches(asked, cls, 1)
                 raise Problem(f"unknown command {asked}; did you mean {near[0]}?" if near else
-                              f"say what to do: python {script} {'|'.join(cls)} ...")
+                              f"say what to do: python {script} {'|'.join(filter(None, cls))} ...")
             main, cls = cls[argv[0]]
             script, argv = f"{script} {argv[0]}", argv[1:]
         main(from_cli(cls, argv, presets, prog=script))

@@ -74,8 +74,9 @@ class Tokenizer:
         return ids[ids.index(self._newline) + 1:]
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
+        ids = [i for i in ids if i < self.vocab_size]  # published models have rows without a piece: padding
         if not continuation:
-            return self.sp.decode(list(ids))
+            return self.sp.decode(ids)
         return self.sp.decode([self._newline, *ids])[1:]
 
 
@@ -244,12 +245,15 @@ def stretches(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`."""
+    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`, those with a
+    picture last: later questions are about it."""
     while True:
         tokens = render(conversation, template, tokenizer).tokens
         if len(tokens) < room or len(conversation.turns) < 3:
             return tokens
-        conversation = replace(conversation, turns=conversation.turns[2:])
+        turns = conversation.turns
+        at = next((i for i in range(0, len(turns) - 2, 2) if not turns[i].slots), 0)
+        conversation = replace(conversation, turns=turns[:at] + turns[at + 2:])
 
 
 def said(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
@@ -836,9 +840,10 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
 # -- asking a model ------------------------------------------------------------------------------------------
 
 def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation], max_new_tokens: int = 96,
-         batch: int = 64, **sampling) -> tuple[list[str], list[bool]]:
+         batch: int = 64, images: Optional[Sequence] = None, **sampling) -> tuple[list[str], list[bool]]:
     """Replies to conversations that wait for one, and whether each reply ended by itself. Similar lengths together.
 
+    images: for each conversation a tensor of its pictures, as model.generate wants them, or None.
     Old rounds are left out where the context is too short; a question that fills it alone gets an empty reply.
     """
     limit = model.config.max_seq_len
@@ -853,7 +858,9 @@ def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Con
         # a prompt near the end of the context is asked alone: it would cut the others' replies
         room = [i for i in order[at:at + batch] if len(prompts[i]) + max_new_tokens <= limit]
         group = room or order[at:at + 1]
-        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,), **sampling))
+        seen = [images[i] for i in group if images[i] is not None] if images else []
+        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,),
+                                      images=torch.cat(seen) if seen else None, **sampling))
         for i, ids in zip(group, zip(*columns)):
             stopped = tokenizer.eos in ids
             ids = ids[:ids.index(tokenizer.eos)] if stopped else ids

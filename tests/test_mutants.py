@@ -91,7 +91,7 @@ MODEL = [
      "math.ceil(8 * self.dim / 3 / 256)", "(8 * self.dim // 3 // 256)",
      "test_published_sizes"),
     ("tied only in name",
-     "if config.tied:", "if False:",
+     "if self.config.tied:", "if False:",
      "test_save_and_load"),
 
     # attention
@@ -262,8 +262,72 @@ SAMPLE = [
      "test_streaming_is_utf8"),
 ]
 
-BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE}.items()
-        for bug in bugs]
+VISION = [
+    # five that read well and see wrong
+    ("class token dropped",
+     "x = torch.cat((self.cls_token.expand(len(x), -1, -1).type_as(x), x), dim=1)  # (N, 1+P, C)",
+     "x = torch.cat((torch.zeros_like(x[:, :1]), x), dim=1)",
+     "test_equals_golden_values"),
+    ("queries and keys exchanged",
+     "q, k, v = self.qkv(x).chunk(3, dim=-1)", "k, q, v = self.qkv(x).chunk(3, dim=-1)",
+     "test_equals_golden_values"),
+    ("GELU by tanh",
+     "F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")',
+     "test_equals_golden_values"),
+    ("ViT blocks with another eps",
+     "self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)", "self.norm1 = nn.LayerNorm(config.dim)",
+     "test_equals_golden_values"),
+    ("cross-attention in the odd layers",
+     "if layer % config.cross_every == 0:", "if layer % config.cross_every == 1:",
+     "test_equals_golden_values"),
+
+    # more of the network
+    ("ln_vision with the ViT's eps",
+     "nn.LayerNorm(config.vision_dim, 1e-5)", "nn.LayerNorm(config.vision_dim, 1e-6)",
+     "test_equals_golden_values"),
+    ("Q-Former with the ViT's eps",
+     "norm_eps: float = 1e-12", "norm_eps: float = 1e-6",
+     "test_equals_golden_values"),
+    ("queries not normalised",
+     "x = self.norm(self.query_tokens).expand", "x = self.query_tokens.expand",
+     "test_equals_golden_values"),
+    ("the last block used after all",
+     "range(config.n_layers - config.penultimate)", "range(config.n_layers)",
+     "test_equals_golden_values"),
+    ("positions of another grid cut instead of interpolated",
+     "x = x + resize_positions(self.pos_embed, height // side, width // side).type_as(x)",
+     "x = x + self.pos_embed.repeat(1, 9, 1)[:, :x.shape[1]]",
+     "test_equals_golden_values"),
+
+    # what learns
+    ("the Q-Former learns",
+     "for part in (vit, qformer, llama):\n", "for part in (vit, llama):\n",
+     "test_only_the_projection_learns"),
+    ("the Q-Former in training mode",
+     "        self.qformer.eval()\n", "",
+     "test_only_the_projection_learns"),
+
+    # picture files
+    ("hidden colours shown",
+     "image = Image.alpha_composite(Image.new(\"RGBA\", image.size, \"white\"), image)", "pass",
+     "test_transparency_becomes_white"),
+    ("the camera's rotation ignored",
+     "to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)",
+     "test_exif_rotation"),
+    ("16 bits clipped",
+     'white = 65535 if image.mode.startswith("I;16") else next(', "white = 255 if True else next(",
+     "test_16_bits"),
+    ("another filter",
+     "Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR",
+     "test_preprocessing_equals_golden_values"),
+    ("colours in another order",
+     "MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])",
+     "MEAN = torch.tensor([0.40821073, 0.4578275, 0.48145466])",
+     "test_preprocessing_equals_golden_values"),
+]
+
+BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE,
+                                           "vision.py": VISION}.items() for bug in bugs]
 
 
 def run_tests(code: str, file: Path, tests: list[str]) -> tuple[int, str]:
