@@ -215,7 +215,7 @@ DATA = [
      "labels[row, 1:1 + end - begin] = ids[begin:end]",
      "test_windows"),
     ("replies in another order",
-     "replies[i] = tokenizer", "replies[at + group.index(i)] = tokenizer",
+     "replies[i], found = said(", "replies[at + group.index(i)], found = said(",
      "test_chat"),
 
     # files
@@ -224,7 +224,7 @@ DATA = [
      "test_mended_conversations"),
     ("a record that is cut off is skipped",
      "fail(error.msg, error.pos)", "return",
-     "test_data_files.py::test_bad_file"),
+     "test_bad_files"),
     ("unranked replies count among rivals",
      'alone and rank(r) == float("inf")', 'rank(r) == float("inf")',
      "test_data_files.py::test_paths_through_a_tree"),
@@ -235,16 +235,16 @@ DATA = [
     # recipes
     ("an end in mid-sentence is learned",
      'if conversation.extra.get("cut") and', "if False and",
-     "test_data_files.py::test_bad_input"),
+     "test_data_recipes.py::test_a_reply_that_is_cut_has_no_end"),
     ("a long prompt cuts its neighbour's reply",
      "if len(prompts[i]) + max_new_tokens <= limit]", "]",
      "test_data_recipes.py::test_asking_near_the_end_of_the_context"),
     ("the last round is lost",
      "pieces.append(c.turns[2 * begin:])\n", "pieces = pieces or [c.turns]\n",
-     "test_data_recipes.py::test_splitting_loses_no_round"),
+     "test_data_recipes.py::test_the_last_round_is_not_lost"),
     ("Markdown is taken for HTML the second time",
      'c = replace(c, extra={**c.extra, "format": "markdown"})', "pass",
-     "test_data_recipes.py::test_cleaning_twice_changes_nothing_more"),
+     "test_data_recipes.py::test_markdown_about_html_is_not_converted_again"),
 ]
 
 SAMPLE = [
