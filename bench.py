@@ -1,12 +1,12 @@
 """What each trick costs and saves, measured on your machine.
 
-    python bench.py                  # the ladder: attention by hand, fused, bfloat16, packing, only learned logits, ...
-    python bench.py --peer           # and transformers' Llama of the same shape in the same run (pip install transformers)
-    python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000   # the ladder on your file
-    python bench.py --only=step --preset=7B --seq_len=2048 --rows=1 --checkpointing     # one step of one shape
+    python bench.py           # the ladder: attention by hand, fused, bfloat16, packing, learned logits, ...
+    python bench.py --peer    # and transformers' Llama of the same shape, in the same run
+    python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000   # your file
+    python bench.py --only=step --preset=7B --vocab_size=32000 --seq_len=2048 --rows=1 --checkpointing
 
-Every row is a process of its own, so that its peak of memory is its own: the libraries' share, measured after a tiny
-step, is subtracted. Times are medians of whole training steps: forward, backward, clipping, AdamW.
+Every row is a process of its own, so that its peak of memory is its own: the libraries' share, measured after
+a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
@@ -37,8 +37,8 @@ from config import Problem, run
 
 @dataclass
 class BenchConfig:
-    only: Literal["all", "ladder", "peer", "step"] = "all"  # which part; all is the ladder, and with --peer both
-    peer: bool = False  # compare with transformers
+    only: Literal["ladder", "peer", "step"] = "ladder"  # step: one shape, memory beside the estimator's
+    peer: bool = False  # compare with transformers, too
     preset: str = ""  # shape from model.PRESETS instead of the next three
     dim: int = 256  # width
     n_layers: int = 6  # blocks; heads are 64 wide
@@ -102,7 +102,8 @@ class AllLogits(model.LLaMA):
         labels = labels[:, 1:]
         if segments is not None:
             labels = labels.masked_fill(segments[:, 1:] != segments[:, :-1], data.IGNORE)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORE, reduction="sum")
+        logits, flat = logits.flatten(0, 1), labels.flatten()
+        loss = F.cross_entropy(logits, flat, ignore_index=data.IGNORE, reduction="sum")
         return loss, (labels != data.IGNORE).sum()
 
 
@@ -115,22 +116,23 @@ class Batch(NamedTuple):
 
 
 def conversations(cfg: BenchConfig) -> list[data.Example]:
-    """Shuffled, cut to a row, enough for the padded rows of the ladder; the packed ones need more and start over."""
+    """Shuffled, and cut to a row."""
     if cfg.data:
         found, template = data.load_conversations(cfg.data), data.default_template(cfg.data)
     else:
         rng, template = random.Random(0), "alpaca"
         records = [toy.instruction(rng) for _ in range(4000)]
-        found = [data.Conversation([data.Turn("user", r["instruction"], r["input"]), data.Turn("assistant", r["output"])])
-                 for r in records]
+        found = [data.Conversation([data.Turn("user", r["instruction"], r["input"]),
+                                    data.Turn("assistant", r["output"])]) for r in records]
     if cfg.tokenizer:
         tokenizer = data.find_tokenizer(cfg.tokenizer)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = data.train_tokenizer([t.text for c in found for t in c.turns], min(cfg.vocab_size, 1024),
-                                             Path(folder) / "tokenizer.model")
+            texts = [t.text for c in found for t in c.turns]
+            size = min(cfg.vocab_size, 1024)
+            tokenizer = data.train_tokenizer(texts, size, Path(folder) / "tokenizer.model")
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise Problem(f"the tokenizer has {tokenizer.vocab_size} pieces: give --vocab_size={tokenizer.vocab_size}")
+        raise Problem(f"the tokenizer has more pieces than that: give --vocab_size={tokenizer.vocab_size}")
     random.Random(1).shuffle(found)
     examples = [data.render(c, template, tokenizer) for c in found[:4000]]
     return [data.Example(e.tokens[:cfg.seq_len], e.labels[:cfg.seq_len]) for e in examples]
@@ -143,7 +145,8 @@ def padded(examples: list[data.Example]) -> Batch:
     labels = torch.full((len(examples), longest), data.IGNORE)
     for i, e in enumerate(examples):
         tokens[i, :len(e.tokens)], labels[i, :len(e.tokens)] = torch.tensor(e.tokens), torch.tensor(e.labels)
-    return Batch((tokens, labels, None), sum(len(e.tokens) for e in examples), int((labels != data.IGNORE).sum()))
+    real = sum(len(e.tokens) for e in examples)
+    return Batch((tokens, labels, None), real, int((labels != data.IGNORE).sum()))
 
 
 def batches(examples: list[data.Example], packed: bool, size: int, seq_len: int) -> list[Batch]:
@@ -173,14 +176,13 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def step(net, optimizer, parts: tuple, machine: train_sft.Machine) -> float:
-    loss = train_sft.loss_backward(net, [tuple(t if t is None else t.to(machine.device) for t in parts)], machine)
+def step(net, optimizer, parts: tuple, machine: train_sft.Machine) -> None:
+    train_sft.loss_backward(net, [tuple(t if t is None else t.to(machine.device) for t in parts)], machine)
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if machine.device == "cuda":
         torch.cuda.synchronize()
-    return loss
 
 
 @torch.no_grad()
@@ -188,8 +190,8 @@ def mean_loss(net, work: list[Batch], machine: train_sft.Machine) -> float:
     total, count = 0.0, 0
     for batch in work:
         with machine.autocast():
-            nll, n = net.nll(*(t.to(machine.device) for t in batch.parts[:2]),
-                             segments=None if batch.parts[2] is None else batch.parts[2].to(machine.device))
+            tokens, labels, segments = (t if t is None else t.to(machine.device) for t in batch.parts)
+            nll, n = net.nll(tokens, labels, segments=segments)
         total, count = total + nll.item(), count + int(n)
     return total / count
 
@@ -226,23 +228,25 @@ def measure(row: Row, cfg: BenchConfig, examples: Optional[list] = None) -> dict
     for i in range(cfg.steps + 1):
         batch = work[i % len(work)]
         began = time.perf_counter()
-        step(net, optimizer, tuple(t if t is None else t[machine.rank::machine.world] for t in batch.parts), machine)
+        mine = tuple(t if t is None else t[machine.rank::machine.world] for t in batch.parts)
+        step(net, optimizer, mine, machine)
         times.append(time.perf_counter() - began)
         if i:  # the first step compiles, and makes the optimizer's state
             done.append(batch)
             B, T = batch.parts[0].shape
             work_done += train_sft.flops(net, B * T, batch.learned if row.learned_only else B * T, T)
     seconds, places = sum(times[1:]), sum(b.parts[0].numel() for b in done)
+    real, learned = sum(b.real for b in done), sum(b.learned for b in done)
     return dict(name=row.name, dtype=str(machine.dtype)[6:], loss=loss, seconds=statistics.median(times[1:]),
-                tokens=sum(b.real for b in done) / seconds, learned=sum(b.learned for b in done) / seconds,
-                filled=sum(b.real for b in done) / places, memory=peak_memory(machine.device) - baseline,
+                tokens=real / seconds, learned=learned / seconds, filled=real / places,
+                memory=peak_memory(machine.device) - baseline,
                 utilisation=work_done / seconds / (machine.peak * machine.world))
 
 
 def worker(rank: int, port: int, row: Row, cfg: BenchConfig, examples: Optional[list], answer) -> None:
     if row.world > 1:  # as torchrun would
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(row.world), MASTER_ADDR="localhost",
-                          MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="bench")
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(row.world),
+                          MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="bench")
         torch.set_num_threads(max(1, torch.get_num_threads() // row.world))
     try:
         result = measure(row, cfg, examples)
@@ -294,20 +298,25 @@ def ladder(cfg: BenchConfig) -> list[dict]:
         with contextlib.redirect_stdout(io.StringIO()):
             r = alone(row, cfg, examples)
         rows.append(r)
-        print(f"{r['name']:<32}{r['dtype']:>9}{r['tokens']:>9.0f}{r['learned']:>9.0f}{100 * r['utilisation']:>7.0f}"
-              f"{r['memory'] / 1e9:>8.2f}{abs(r['loss'] - rows[0]['loss']):>10.1e}{100 * r['filled']:>8.1f}%", flush=True)
+        print(f"{r['name']:<32}{r['dtype']:>9}{r['tokens']:>9.0f}{r['learned']:>9.0f}"
+              f"{100 * r['utilisation']:>7.0f}{r['memory'] / 1e9:>8.2f}"
+              f"{abs(r['loss'] - rows[0]['loss']):>10.1e}{100 * r['filled']:>8.1f}%", flush=True)
     return rows
 
 
 def one_step(cfg: BenchConfig) -> dict:
     """A step of this shape on random rows: speed, and memory beside the estimator's."""
+    c = cfg.shape
+    # glibc keeps freed tensors below 32 MB for later, in pieces; given back at once, the peak is what is in use
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 ** 20))
     r = alone(Row("step", dtype=cfg.dtype, checkpointing=cfg.checkpointing, compile=cfg.compile), cfg)
-    said = model.memory(cfg.shape, 1, cfg.rows, cfg.seq_len, getattr(torch, r["dtype"]), cfg.checkpointing)["peak"]
-    again = model.step_flops(cfg.shape, cfg.seq_len, cfg.checkpointing) / model.step_flops(cfg.shape, cfg.seq_len)
-    print(f"{cfg.rows} x {cfg.seq_len} tokens, {r['dtype']}: {r['tokens']:.0f} tok/s, {r['seconds']:.2f} s a step; MFU "
-          f"{100 * r['utilisation']:.1f}%, HFU {100 * r['utilisation'] * again:.1f}% of the measured matrix product; peak "
-          f"memory {r['memory'] / 1e9:.2f} GB, estimated {said / 1e9:.2f} ({100 * (said / r['memory'] - 1):+.1f}%)")
-    return dict(r, estimated=said, hfu=r["utilisation"] * again)
+    said = model.memory(c, 1, cfg.rows, cfg.seq_len, getattr(torch, r["dtype"]), cfg.checkpointing)["peak"]
+    again = model.step_flops(c, cfg.seq_len, cfg.checkpointing) / model.step_flops(c, cfg.seq_len)
+    mfu, hfu = r["utilisation"], r["utilisation"] * again  # the model's; the chip's
+    print(f"{cfg.rows} x {cfg.seq_len} tokens, {r['dtype']}: {r['tokens']:.0f} tok/s, {r['seconds']:.2f} s a "
+          f"step; MFU {100 * mfu:.1f}%, HFU {100 * hfu:.1f}% of the measured matrix product; peak memory "
+          f"{r['memory'] / 1e9:.2f} GB, estimated {said / 1e9:.2f} ({100 * (said / r['memory'] - 1):+.1f}%)")
+    return dict(r, estimated=said, hfu=hfu)
 
 
 # -- transformers, side by side ------------------------------------------------------------------------------
@@ -319,12 +328,13 @@ def twin(shape: model.LLaMAConfig):
         raise Problem("--peer needs transformers: pip install transformers") from None
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.dim, intermediate_size=shape.hidden_dim,
-        num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads,
+        num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
         rms_norm_eps=shape.norm_eps, max_position_embeddings=shape.max_seq_len, use_cache=False))
 
 
 class Peer(torch.nn.Module):
-    """transformers' Llama behind our loop: as its Trainer would call it, padding masked, logits for every token."""
+    """transformers' Llama as its Trainer would call it: padding masked, logits for every token."""
 
     def __init__(self, shape: model.LLaMAConfig):
         super().__init__()
@@ -345,34 +355,34 @@ def peer(cfg: BenchConfig) -> dict:
     full = [Batch((tokens, tokens, None), tokens.numel(), tokens.numel())]
     examples = conversations(cfg)
     alpaca, packed = (batches(examples, p, cfg.rows, cfg.seq_len) for p in (False, True))
-    print(f"packed rows hold {100 * sum(b.real for b in packed) / sum(b.parts[0].numel() for b in packed):.1f}% real tokens, "
-          f"padded ones {100 * sum(b.real for b in alpaca) / sum(b.parts[0].numel() for b in alpaca):.1f}%")
+    for name, work in (("packed", packed), ("padded", alpaca)):
+        places = sum(b.parts[0].numel() for b in work)
+        print(f"{100 * sum(b.real for b in work) / places:.1f}% of the tokens in {name} rows are real")
+    races = [("tokens/s", False, full, full, "real"), ("tokens/s, compiled", True, full, full, "real"),
+             ("learned tokens/s, Alpaca's recipe", False, alpaca, packed, "learned")]
     speed = {}
-    for name, compiled, theirs, ours, unit in (("tokens/s", False, full, full, "real"),
-                                               ("tokens/s, compiled", True, full, full, "real"),
-                                               ("learned tokens/s, Alpaca's recipe", False, alpaca, packed, "learned")):
+    for name, compiled, theirs, ours, unit in races:
         for precision, machine in machines.items():
-            runners = [runner(Peer(cfg.shape), theirs, machine, compiled), runner(model.LLaMA(cfg.shape), ours, machine,
-                                                                                  compiled)]
+            runners = [runner(Peer(cfg.shape), theirs, machine, compiled),
+                       runner(model.LLaMA(cfg.shape), ours, machine, compiled)]
             taken = [[], []]
             for i in range(cfg.steps + 2):
                 for seconds, run_one in zip(taken, runners):
                     seconds.append(run_one(i, unit))
             a, b = (statistics.median(t[2:]) for t in taken)
             speed[name, precision] = a, b
-            print(f"{name:<36}{precision:>9}   transformers {a:>7.0f}   here {b:>7.0f}   ({b / a:.2f}x)", flush=True)
+            print(f"{name:<36}{precision:>9}   transformers {a:>7.0f}   here {b:>7.0f}   ({b / a:.2f}x)",
+                  flush=True)
     for name in dict.fromkeys(n for n, _ in speed):
         a, b = (max(v[i] for k, v in speed.items() if k[0] == name) for i in (0, 1))
         print(f"{name}, each in its best precision: {b / a:.2f}x")
-    net = model.LLaMA(cfg.shape).to(best.device)
-    one = runner(net, full, best, False)
+    one = runner(model.LLaMA(cfg.shape), full, best, False)
     one(0, "real")
     with torch.profiler.profile() as profile:
         one(1, "real")
-    parts = sorted((e for e in profile.key_averages()), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in parts)
-    print("where a step goes: " + ", ".join(f"{e.key.removeprefix('aten::')} {100 * e.self_cpu_time_total / total:.0f}%"
-                                           for e in parts[:5]))
+    cost = {e.key.removeprefix("aten::"): e.self_cpu_time_total for e in profile.key_averages()}
+    print("where a step goes: " + ", ".join(f"{name} {100 * cost[name] / sum(cost.values()):.0f}%"
+                                           for name in sorted(cost, key=cost.get)[:-6:-1]))
     return {f"{name} {precision}": b / a for (name, precision), (a, b) in speed.items()}
 
 
@@ -396,7 +406,7 @@ def main(cfg: BenchConfig) -> dict:
     figures = {}
     if cfg.only == "step":
         return one_step(cfg)
-    if cfg.only in ("all", "ladder"):
+    if cfg.only == "ladder":
         figures["ladder"] = ladder(cfg)
     if cfg.only == "peer" or cfg.peer:
         figures["peer"] = peer(cfg)

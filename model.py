@@ -425,7 +425,7 @@ LORA_SCALE = 2.0  # alpha / r in [6]
 
 
 class LoRALinear(nn.Linear):
-    """[6] eq. 3: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) zero: training begins at the base model."""
+    """[6] eq. 3: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) zero: it begins at the base model."""
 
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -448,13 +448,14 @@ def add_lora(model: LLaMA, rank: int) -> None:
 
 
 def merge_lora(weights: dict) -> tuple[dict, dict]:
-    """Splits the state_dict of a network with adapters into a plain one, adapters added in, and the adapters alone."""
+    """Splits the state_dict of a network with adapters: a plain one, adapters added in; and the adapters alone."""
     adapters = {name: w for name, w in weights.items() if ".lora_" in name}
     merged = {name: w for name, w in weights.items() if name not in adapters}
     for name in adapters:
         if name.endswith(".lora_a"):
             layer = name.removesuffix("lora_a")
-            merged[layer + "weight"] = merged[layer + "weight"] + LORA_SCALE * adapters[layer + "lora_b"] @ adapters[name]
+            change = LORA_SCALE * adapters[layer + "lora_b"] @ adapters[name]
+            merged[layer + "weight"] = merged[layer + "weight"] + change
     return merged, adapters
 
 
@@ -633,8 +634,8 @@ GPUS = {"A100-40GB": (40, 312), "A100-80GB": (80, 312), "H100": (80, 989), "H200
 
 
 def step_flops(config: LLaMAConfig, seq: int, checkpointing: bool = False) -> float:
-    """Of a training step, per token: 2 forward and 4 backward for each weight of a matrix product, 2 more where the
-    forward pass is done again; attention's two products likewise, halved because they are causal."""
+    """Of a training step, per token: 2 forward and 4 backward for each weight of a matrix product, 2 more where
+    the forward pass is done again; attention's two products likewise, halved because they are causal."""
     c, passes = config, 4 if checkpointing else 3
     block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
     return 2 * passes * c.n_layers * (block + seq * c.dim) + 6 * c.vocab_size * c.dim
@@ -642,28 +643,28 @@ def step_flops(config: LLaMAConfig, seq: int, checkpointing: bool = False) -> fl
 
 def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, dtype=torch.bfloat16,
            checkpointing: bool = False) -> dict[str, float]:
-    """Bytes on each GPU in training with AdamW, fp32 master weights and every token learned; "peak" is what must fit.
+    """Bytes on each GPU in training with AdamW, fp32 master weights, every token learned; "peak" is what must fit.
 
     What autograd keeps of a block is counted tensor by tensor, as Block.forward makes them.
     """
     c, n, e = config, batch * seq, 2 if dtype == torch.bfloat16 else 4  # n tokens, e bytes of an activation
-    kv, vocab = c.n_kv_heads * c.head_dim, c.vocab_size * c.dim
+    vocab = c.vocab_size * c.dim
     block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim + 2 * c.dim
     total = c.n_layers * block + (1 if c.tied else 2) * vocab + c.dim
     kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
-                + e * (c.dim + 2 * kv) + 4 * c.n_heads + e * c.dim  # q, k, v; log of the softmax' sum; what wo reads
+                + 4 * e * c.dim + 4 * c.n_heads  # q, k and v (repeated to all heads), what wo reads; softmax' sum
                 + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
     activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
     rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once
-    loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, and the logits'; the rows that are learned
-    if gpus > 1:  # two blocks are whole at a time, and the matrices at both ends; two blocks' gradients wait to be summed
+    loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, the logits'; the rows themselves
+    if gpus > 1:  # whole at a time: two blocks, the matrices at both ends, two blocks' gradients before their sum
         copies = e * (2 * block + 2 * vocab) + (e + 4) * 2 * block
     else:
         copies = 2 * total if e == 2 else 0  # autocast's copies of the weights
     parts = dict(weights=4 * total / gpus, gradients=4 * total / gpus, optimizer=8 * total / gpus, copies=copies,
                  activations=activations, loss=loss)
-    # Gradients come as activations go. The top is at the loss, or where the backward pass enters the last block or
-    # leaves the first; inside a block, gradients of activations and (checkpointing) the block's own come on top.
+    # Gradients come as activations go. The top is at the loss, or where the backward pass enters the last block
+    # or leaves the first; inside a block, gradients of activations and (checkpointing) its own come on top.
     inside = n * e * 3 * c.hidden_dim + (kept if checkpointing else 0)
     top = max(activations + loss, activations + 4 * vocab / gpus + inside, parts["gradients"] + inside)
     return dict(parts, peak=parts["weights"] + parts["optimizer"] + copies + top)
@@ -715,11 +716,13 @@ def estimate(cfg: ModelConfig, config: LLaMAConfig) -> dict:
     """Prints what full fine-tuning takes: memory on each GPU, time, money."""
     room, peak = GPUS[cfg.gpu]
     plain, saving = (memory(config, cfg.gpus, cfg.batch, cfg.seq, checkpointing=c) for c in (False, True))
-    print(f"full fine-tuning in bfloat16 on {cfg.gpus} x {cfg.gpu}, {cfg.batch} x {cfg.seq} tokens on each; GB per GPU:\n"
+    print(f"full fine-tuning in bfloat16 on {cfg.gpus} x {cfg.gpu}, {cfg.batch} x {cfg.seq} tokens on each; GB per "
+          f"GPU:\n"
           f"{'':<26}{'':>12}{'checkpointing':>16}")
     for part in plain:
         print(f"{part:>26}{plain[part] / 1e9:>12.1f}{saving[part] / 1e9:>16.1f}")
-    fits = [m["peak"] < 0.95 * room * 1e9 - 1e9 for m in (plain, saving)]  # CUDA takes about 1 GB, fragments the rest
+    # CUDA takes about 1 GB for itself, and fragments cost something
+    fits = [m["peak"] < 0.95 * room * 1e9 - 1e9 for m in (plain, saving)]
     print(f"{f'of {room} GB: does it fit?':>26}{'yes' if fits[0] else 'no':>12}{'yes' if fits[1] else 'no':>16}")
     flops = step_flops(config, cfg.seq)
     hours = flops * cfg.tokens / (cfg.gpus * peak * 1e12 * cfg.mfu) / 3600

@@ -458,7 +458,7 @@ def newest_whole(folder: Path, settings: dict, machine: Machine, network: Option
         try:
             net, _, meta = model.load(step, machine.sharded, network)
             state = None if meta["finished"] else model.read(step / "optim.pt", mmap=machine.sharded)
-            adapters = model.read(step / "lora.pt") if settings["lora_rank"] else {}
+            adapters = model.read(step / "lora.pt") if meta["settings"].get("lora_rank") else {}
         except (Problem, OSError) as damage:
             print(f"{damage}: going back to the checkpoint before it")
             continue
