@@ -82,7 +82,7 @@ def from_cli(cls: type, argv: Optional[list[str]] = None, presets: Optional[dict
     for name in positional:
         parser.add_argument(name, help=notes.get(name, "").replace("%", "%%"))
     if presets:
-        parser.add_argument("preset", nargs="?", help="one of: " + ", ".join(presets))
+        parser.add_argument("presets", metavar="preset", nargs="?", help="one of: " + ", ".join(presets))
     for f in fields:
         if f.name not in positional:
             flag = dict(nargs="?", const=True) if f.type is bool else {}
@@ -96,12 +96,12 @@ def from_cli(cls: type, argv: Optional[list[str]] = None, presets: Optional[dict
         near = difflib.get_close_matches(extra[0].split("=")[0], ["--" + f.name for f in fields], 1, 0.5)
         raise Problem(f"unknown option {extra[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     values = {}
-    if presets and space.preset:
-        if space.preset not in presets:
-            near = difflib.get_close_matches(space.preset, presets, 1)
-            raise Problem(f"unknown preset {space.preset}" + (f"; did you mean {near[0]}?" if near else
+    if presets and space.presets:
+        if space.presets not in presets:
+            near = difflib.get_close_matches(space.presets, presets, 1)
+            raise Problem(f"unknown preset {space.presets}" + (f"; did you mean {near[0]}?" if near else
                           f"; there are {', '.join(presets)}"))
-        values.update(presets[space.preset])
+        values.update(presets[space.presets])
     values.update({name: getattr(space, name) for name in positional + sorted(space.given)})
     return cls(**values)
 

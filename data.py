@@ -1,31 +1,50 @@
-"""From people's files to rows of tokens with a loss mask.
+"""From people's files to rows of tokens with a loss mask: a library, and a tool for the data of chat models.
 
-    python data.py show sharegpt.json --count=3                       # what is learned is highlighted
-    python data.py show alpaca.json --tokenizer=out/base --template=alpaca
+    python data.py show sharegpt.json                    # what is learned is highlighted
+    python data.py show sharegpt.json --ckpt=out/vicuna  # and the loss of each token
+    python data.py stats oasst_trees.jsonl.gz            # conversations, turns, tokens, lengths
+    python data.py clean sharegpt.json --out=clean.json  # as Vicuna's data; each drop and change is reported
+    python data.py split clean.json --seq_len=2048 --out=split.json
+    python data.py oasst trees.jsonl --pick=best --out=oasst.json
+    python data.py identity --name=Lumi --maker="two students" --out=lumi.json
+    python data.py mix split.json,oasst.json:0.5,lumi.json:5 --out=mix.json
+    python data.py tokens mix.json --tokenizer=out/base --out=tokens.jsonl
 
-Files are recognised by content: plain text, ShareGPT JSON or JSON lines, Alpaca JSON or JSON lines.
-Tokens and mask are built together, piece by piece, by `render`: a prefix is never tokenised again and counted,
-which is how the originals came to drop and mis-mask conversations.
+Files are recognised by content: plain text, ShareGPT, Alpaca, OpenAssistant; JSON or JSON lines, also gzipped.
+Tokens and mask are built together, piece by piece, by `render`: a prefix is never tokenised again and
+counted, which is how the originals came to drop and mis-mask conversations.
 """
 
+import bisect
+import codecs
+import contextlib
+import functools
 import gzip
+import hashlib
 import itertools
 import json
+import os
 import random
+import re
 import sys
+import unicodedata
+import zipfile
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterable, NamedTuple, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np
 import sentencepiece
 import torch
+from tqdm import tqdm
 
 from config import Problem, run
 
 IGNORE = -100  # label of a token that is not learned
+IMAGE_SLOT = -1  # token that an image vector takes the place of
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------------
@@ -55,8 +74,9 @@ class Tokenizer:
         return ids[ids.index(self._newline) + 1:]
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
+        ids = [i for i in ids if i < self.vocab_size]  # published models have rows without a piece: padding
         if not continuation:
-            return self.sp.decode(list(ids))
+            return self.sp.decode(ids)
         return self.sp.decode([self._newline, *ids])[1:]
 
 
@@ -71,7 +91,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     if not lines:
         raise Problem("no text to train a tokenizer on")
     # whoever speaks later will speak in templates: their words deserve pieces of their own
-    spoken = [line for t in TEMPLATES.values() for part in (t.system, t.system_with_input, t.ask, t.ask_with_input)
+    spoken = [line for t in (TEMPLATES["vicuna_v1.1"], TEMPLATES["alpaca"])
+              for part in (t.system, t.system_with_input, t.ask, t.ask_with_input)
               for line in part.format(text="", input="").split("\n") if line.strip()]
     lines += spoken * max(1, len(lines) // 200)
     letters = Counter(itertools.chain.from_iterable(lines))
@@ -102,6 +123,7 @@ class Turn(NamedTuple):
     role: str  # "user" or "assistant"
     text: str
     input: str = ""  # Alpaca's second field: the material an instruction is about
+    slots: int = 0  # image vectors that are shown before the text
 
 
 @dataclass
@@ -109,34 +131,40 @@ class Conversation:
     turns: list[Turn]  # user, assistant, user, assistant, ...; may end with a user turn that waits for its reply
     id: str = ""
     system: Optional[str] = None  # instead of the template's own
-    extra: dict = field(default_factory=dict)  # other keys of the record
-
-
-ROLES = {"human": "user", "user": "user", "prompter": "user", "instruction": "user",
-         "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-         "bard": "assistant", "model": "assistant", "bot": "assistant", "system": "system"}
+    extra: dict = field(default_factory=dict)  # other keys of the record; "cut": its last reply has no end
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation becomes a string. The same object serves training and inference.
+    """How a conversation becomes a string, in training and in inference: one object for both.
 
-    Vicuna v1.1: `SYSTEM USER: q ASSISTANT: a</s>USER: q ASSISTANT: a</s>`, no newline anywhere.
-    Alpaca: the preamble depends on whether the instruction has an input; the reply follows `:` without a space.
+    The first round is [system between] start ask reply end; later ones are ask reply end, with `between` in front
+    when `glued`.
     """
     system: str
-    ask: str  # {text} is the user's, {input} Alpaca's input
-    between: str  # between the system text and the first question, and (when `glued`) between rounds
+    ask: str  # {text} is the user's, {input} Alpaca's input; </s> is the control piece
+    between: str = " "
     glued: bool = False  # the reply continues the line: SentencePiece may not put its space there
+    start: str = ""  # before the first question, with or without a system text
+    end: str = ""  # the text that ends a reply; </s> when empty
     system_with_input: str = ""
     ask_with_input: str = ""
 
 
 TEMPLATES = {
+    # SYSTEM USER: q ASSISTANT: a</s>USER: q ASSISTANT: a</s>, no newline anywhere; also v1.3 and v1.5
     "vicuna_v1.1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
                "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        ask="USER: {text} ASSISTANT:", between=" "),
+        ask="USER: {text} ASSISTANT:"),
+    # as it was trained; "###" is text, so an answer can forge its own end
+    "vicuna_v0": Template(
+        system="A chat between a curious human and an artificial intelligence assistant. "
+               "The assistant gives helpful, detailed, and polite answers to the human's questions.",
+        between="\n\n", start="###", ask=" Human: {text}\n### Assistant:", end="\n###"),
+    # the preamble depends on whether there is an input; the reply follows the colon without a space. A deliberate
+    # deviation: the original encodes prompt and reply as one string, where ":" and a "-" that begins the reply
+    # become one piece, and the "-" is never learned
     "alpaca": Template(
         system="Below is an instruction that describes a task. "
                "Write a response that appropriately completes the request.",
@@ -145,20 +173,24 @@ TEMPLATES = {
         ask="### Instruction:\n{text}\n\n### Response:",
         ask_with_input="### Instruction:\n{text}\n\n### Input:\n{input}\n\n### Response:",
         between="\n\n", glued=True),
-    "plain": Template(system="", ask="{text}\n", between="\n", glued=True),  # for a base model, which knows no roles
+    "koala": Template(system="BEGINNING OF CONVERSATION:", ask="USER: {text} GPT:"),
+    # the original also learns the <|prompter|> that follows a reply; here only the reply and its </s>
+    "oasst": Template(system="", ask="<|prompter|>{text}</s><|assistant|>", between="", glued=True),
+    "minigpt4": Template(system="", start="###", ask="Human: {text} ###Assistant: ", between="", end="###"),
+    "plain": Template(system="", ask="{text}", between="\n", glued=True),  # for a base model, which knows no roles
 }
 
 
 class Example(NamedTuple):
-    tokens: list[int]
-    labels: list[int]  # the token itself where it is learned, IGNORE elsewhere
+    tokens: Sequence[int]
+    labels: Sequence[int]  # the token itself where it is learned, IGNORE elsewhere
 
 
 def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> Example:
-    """Tokens and labels of a conversation: replies and their </s> are learned, nothing else.
+    """Tokens and labels of a conversation: replies and their end are learned, nothing else.
 
     A conversation that ends with a user turn gives the prompt for its reply. Each segment is encoded by itself, so
-    user text can forge neither a control piece nor supervision.
+    user text can forge neither a control piece nor an image slot nor supervision.
     """
     t = get_template(template)
     tokens, labels = [tokenizer.bos], [IGNORE]
@@ -170,18 +202,32 @@ def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> E
     for i, turn in enumerate(conversation.turns):
         if turn.role == "assistant":
             add(tokenizer.encode(turn.text, t.glued), True)
-            add([tokenizer.eos], True)
+            if conversation.extra.get("cut") and i == len(conversation.turns) - 1:
+                pass  # to learn an end in mid-sentence would be wrong
+            elif t.end:
+                add(tokenizer.encode(t.end, continuation=True), True)
+            else:
+                add([tokenizer.eos], True)
             continue
         with_input = bool(turn.input) and bool(t.ask_with_input)
         text = turn.text if with_input or not turn.input else turn.text + "\n" + turn.input
-        ask = (t.ask_with_input if with_input else t.ask).format(text=text, input=turn.input)
+        ask = t.ask_with_input if with_input else t.ask
+        if turn.slots:
+            ask = ask.replace("{text}", "<Img>{slots}</Img> {text}")
+        before = t.between if t.glued and i else ""
         if i == 0:
             system = conversation.system if conversation.system is not None else (
                 t.system_with_input if with_input else t.system)
-            ask = system + t.between + ask if system else ask
-        elif t.glued:
-            ask = t.between + ask
-        add(tokenizer.encode(ask, t.glued and i > 0), False)
+            before = system + t.between + t.start if system else t.start
+        for k, part in enumerate(re.split(r"(</s>|\{slots\})", ask)):  # of the template: text cannot add to it
+            if part == "</s>":
+                add([tokenizer.eos], False)
+            elif part == "{slots}":
+                add([IMAGE_SLOT] * turn.slots, False)
+            else:
+                goes_on = t.glued or bool(t.end) and k == 0
+                part = part.format(text=text, input=turn.input)
+                add(tokenizer.encode(part if k else before + part, goes_on and i + k > 0), False)
     return Example(tokens, labels)
 
 
@@ -191,144 +237,501 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def stretches(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """(begin, end, learned) of each run of labels that are all learned or all not: question, reply, ..."""
+    marks = np.diff(np.asarray(labels) != IGNORE).nonzero()[0] + 1
+    borders = [0, *marks.tolist(), len(labels)]
+    return [(a, b, labels[a] != IGNORE) for a, b in zip(borders, borders[1:]) if a < b]
+
+
+def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int) -> list[int]:
+    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`, those with a
+    picture last: later questions are about it."""
+    while True:
+        tokens = render(conversation, template, tokenizer).tokens
+        if len(tokens) < room or len(conversation.turns) < 3:
+            return tokens
+        turns = conversation.turns
+        at = next((i for i in range(0, len(turns) - 2, 2) if not turns[i].slots), 0)
+        conversation = replace(conversation, turns=turns[:at] + turns[at + 2:])
+
+
+def said(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
+    """A reply without the text that ends it, and whether that was there. In a stream (not `complete`) what may be
+    the beginning of the end is held back."""
+    end = get_template(template).end
+    if end and end in text:
+        return text[:text.index(end)], True
+    held = next((n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n])), 0)
+    return text if complete or not held else text[:-held], False
+
+
 # -- reading files -------------------------------------------------------------------------------------------
 
-def read_text(path) -> str:
+class Report(Counter):
+    """What happened to which conversation: counts by reason, and every (id, reason) in `entries`."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.entries: list[tuple[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        self[reason] += 1
+        self.entries.append((name, reason))
+
+    def __str__(self) -> str:
+        return "".join(f"; {reason}: {n}" for reason, n in sorted(self.items()))
+
+
+def read_chunks(path) -> Iterator[str]:
+    """The text of a file, gzipped or not, in pieces; of a large one with a progress bar."""
     path = Path(path)
     if path.is_dir():
         raise Problem(f"{path} is a folder; give a file")
     if not path.exists():
         raise Problem(f"no such file: {path}")
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise Problem(f"{path} is a damaged gzip file ({error})") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Problem(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if not text.strip():
-        raise Problem(f"{path} is empty")
-    return text
-
-
-def parse_json(text: str):
-    """json.loads. Half a character ("\\ud83d" without its partner), which no UTF-8 text can hold, becomes "?"."""
-    value = json.loads(text)
-    if "\\ud" in text or "\\uD" in text:
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    return value
-
-
-def read_records(path) -> Optional[list]:
-    """The objects of a JSON array or of JSON lines; None when the file is plain text."""
-    text = read_text(path)
-    start = text.lstrip()
-    if not (start[0] == "{" or (start[0] == "[" and start[1:].lstrip()[:1] in ("{", "]", "["))):
-        return None
-    try:
-        first = json.loads(start.split("\n", 1)[0])
-        lines = isinstance(first, dict)
-    except json.JSONDecodeError:
-        lines = False
-    if not lines:
-        try:
-            records = parse_json(text)
-        except json.JSONDecodeError as error:
-            raise Problem(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-        return records if isinstance(records, list) else [records]
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
-        if line.strip():
+    decoder, line, empty, size = codecs.getincrementaldecoder("utf-8-sig")(), 1, True, path.stat().st_size
+    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=size < LARGE)
+    with open(path, "rb") as raw, bar:
+        file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
+        raw.seek(0)
+        while True:
             try:
-                records.append(parse_json(line))
-            except json.JSONDecodeError as error:
-                raise Problem(f"{path}: broken JSON at line {number}: {error.msg}") from None
-    return records
+                chunk = file.read(CHUNK)
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[:error.start].count(b"\n")
+                raise Problem(f"{path} is not UTF-8 text (line {line}); convert it, say with iconv") from None
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise Problem(f"{path} is a damaged gzip file ({error})") from None
+            empty = empty and not text.strip()
+            if not chunk and empty:
+                raise Problem(f"{path} is empty")
+            yield text
+            if not chunk:
+                return
+            line += chunk.count(b"\n")
+            bar.update(raw.tell() - bar.n)
 
 
-def kind_of(records: Optional[list], path) -> str:
-    """"text", "documents" (JSON lines with a "text"), "alpaca" or "sharegpt"."""
-    if records is None:
+CHUNK = 1 << 20  # bytes read at a time
+LARGE = 1 << 24  # bytes; reading and tokenising such a file takes long enough for a progress bar and a cache
+
+
+def read_text(path) -> str:
+    return "".join(read_chunks(path))
+
+
+# An object begins with a quoted key; prose may well begin with a brace or a bracket
+JSON_BEGINS = re.compile(r'\s*(\[\s*\]\s*$|(\[\s*)?\{\s*(\}|"([^"\\]|\\.)*"\s*:)|"\{\s*\\")')
+SPACE = re.compile(r"[ \t\r\n]*")
+FOLLOWS = {"[": ("record", "]"), "record": (",", "]"), ",": ("record",), "]": ()}  # in an array
+
+
+def read_records(path, report: Optional[Report] = None) -> Iterator:
+    """The values of a JSON array or of JSON lines, one at a time: the file may be larger than the memory.
+
+    Mended: half a character ("\\ud83d" without its partner), which no UTF-8 text can hold, becomes "?"; a record
+    that is a JSON string with JSON inside is read again; NaN becomes null. Raises Problem, with the line, at
+    what is not JSON: the records after it would be lost in silence.
+    """
+    report = Report() if report is None else report
+    chunks, text, at, line, ended = read_chunks(path), "", 0, 1, False
+    twice: list[dict] = []
+
+    def as_dict(pairs: list) -> dict:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            twice.append(record)
+        return record
+
+    def fail(message: str, where: int):
+        where = line + text.count("\n", 0, where)
+        raise Problem(f"{path}: broken JSON at line {where}: {message}")
+
+    def refill() -> None:
+        """Forgets what was read and doubles the rest: a long record is not tried too often."""
+        nonlocal text, at, line, ended
+        line += text.count("\n", 0, at)
+        pieces, wanted = [text[at:]], len(text) - at
+        while wanted >= 0 and not ended:
+            piece = next(chunks, None)
+            ended = piece is None
+            pieces.append(piece or "")
+            wanted -= len(pieces[-1]) or 1
+        text, at = "".join(pieces), 0
+
+    decode = json.JSONDecoder(object_pairs_hook=as_dict, parse_constant=lambda name: None).raw_decode
+    number, last = 0, ""  # records so far; what was read last, if this is an array
+    while True:
+        at = SPACE.match(text, at).end()
+        if at == len(text):
+            if not ended:
+                refill()
+                continue
+            if last not in ("", "]"):
+                fail("the array does not end; the file may be cut off", at)
+            return
+        if text[at] == "[" and number == 0 and not last:
+            last, at = "[", at + 1
+            continue
+        if last:
+            now = text[at] if text[at] in ",]" else "record"
+            if now not in FOLLOWS[last]:
+                fail(f"expected {' or '.join(FOLLOWS[last]) or 'nothing'} after {last}", at)
+            last = now
+            if now != "record":
+                at += 1
+                continue
+        twice.clear()
+        try:
+            value, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            if ended or not error.msg.startswith("Unterminated") and error.pos < len(text) - 16:
+                fail(error.msg, error.pos)
+            value, end = None, len(text)
+        except RecursionError:
+            fail("nested too deeply to be read", at)
+        except ValueError as error:  # a number of thousands of digits
+            fail(str(error), at)
+        if end == len(text) and not ended:  # it may go on
+            refill()
+            last = last and ","
+            continue
+        name = f"{Path(path).stem}_{number}"
+        if twice:
+            report.add(name, "mended: a key that stands twice (the last one counts)")
+        if isinstance(value, str) and value.lstrip()[:1] == "{":
+            with contextlib.suppress(ValueError):  # if it is not JSON, it stays a string, and no record
+                value = json.loads(value)
+                report.add(name, "mended: JSON inside a JSON string")
+        if "\\ud" in text[at:end] or "\\uD" in text[at:end]:
+            whole = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+            if whole != value:
+                report.add(name, "mended: half a character became a question mark")
+            value = whole
+        yield value
+        at, number = end, number + 1
+
+
+def kind_of(path) -> str:
+    """"text", "documents" (JSON with a "text"), "alpaca", "sharegpt" or "oasst". Reads as far as it must."""
+    begin = ""
+    for chunk in read_chunks(path):
+        begin += chunk
+        if len(begin) > 1 << 16:
+            break
+    if not JSON_BEGINS.match(begin):
         return "text"
-    for r in records:
-        if isinstance(r, dict) and ("conversations" in r or "messages" in r):
+    keys = "no objects"
+    for record in read_records(path):
+        if not isinstance(record, dict):
+            continue
+        if "conversations" in record or "messages" in record:
             return "sharegpt"
-        if isinstance(r, dict) and "instruction" in r and ("output" in r or "response" in r):
+        if "message_id" in record or "message_tree_id" in record or "thread_id" in record:
+            return "oasst"
+        if "instruction" in record and ("output" in record or "response" in record or "instances" in record):
             return "alpaca"
-        if isinstance(r, dict) and isinstance(r.get("text"), str):
+        if isinstance(record.get("text"), str):
             return "documents"
-    keys = ", ".join(list(records[0])[:5]) if records and isinstance(records[0], dict) else "no objects"
-    raise Problem(f"{path} is JSON, but neither ShareGPT (conversations) nor Alpaca (instruction, output): it has {keys}")
+        keys = ", ".join(list(record)[:5]) if keys == "no objects" else keys
+    raise Problem(f"{path} is JSON, but neither ShareGPT (conversations) nor Alpaca (instruction, output) nor "
+                  f"OpenAssistant (message_tree_id): it has {keys}")
 
 
-def load_conversations(path, report: Optional[Counter] = None) -> list[Conversation]:
-    """ShareGPT or Alpaca, by content. What is dropped or mended is counted by reason in `report`."""
-    records = read_records(path)
-    kind = kind_of(records, path)
+def default_template(path) -> str:
+    return "alpaca" if kind_of(path) == "alpaca" else "vicuna_v1.1"
+
+
+def stream_conversations(path, report: Report, off: Iterable[str] = ()) -> Iterator[Conversation]:
+    """ShareGPT, Alpaca or OpenAssistant, by content, one at a time. `report` says what is dropped or mended."""
+    kind = kind_of(path)
     if kind in ("text", "documents"):
         raise Problem(f"{path} is plain text, not conversations; pre-train on it with --stage=pretrain")
-    report = Counter() if report is None else report
-    parse = _alpaca if kind == "alpaca" else _sharegpt
-    found = [c for i, r in enumerate(records) if (c := parse(r, f"{Path(path).stem}_{i}", report))]
+    if kind == "oasst":
+        yield from oasst_conversations(read_records(path, report), report)
+        return
+    for number, record in enumerate(read_records(path, report)):
+        record = record if isinstance(record, dict) else {}
+        given = record.get("id")
+        name = str(given) if isinstance(given, (str, int)) and given != "" else f"{Path(path).stem}_{number}"
+        found = _alpaca(record, name, report) if kind == "alpaca" else _sharegpt(record, name, report, off)
+        yield from found
+
+
+def load_conversations(path, report: Optional[Report] = None, off: Iterable[str] = ()) -> list[Conversation]:
+    """All of them. Raises Problem when there is none."""
+    report = Report() if report is None else report
+    found = list(stream_conversations(path, report, off))
     if not found:
-        why = "; ".join(f"{reason}: {n}" for reason, n in report.items())
-        raise Problem(f"{path}: none of {len(records)} records is usable ({why})")
+        raise Problem(f"{path}: no conversation in it can be used{report}")
     return found
 
 
-def _alpaca(record, name: str, report: Counter) -> Optional[Conversation]:
-    record = record if isinstance(record, dict) else {}
-    fields = record.get("instruction"), record.get("input"), record.get("output", record.get("response"))
-    instruction, given, output = ("" if f is None else f for f in fields)
-    if not all(isinstance(f, str) for f in (instruction, given, output)):
-        report["dropped: a field is not text"] += 1
-    elif not instruction.strip():
-        report["dropped: no instruction"] += 1
-    elif not output.strip():
-        report["dropped: no output"] += 1
-    else:
-        if given.strip().lower() in ("<noinput>", "no input", "n/a", "none", ""):
-            given = ""  # the released 52k file has all of these for "no input"
-        return Conversation([Turn("user", instruction, given), Turn("assistant", output)], str(record.get("id", name)))
-    return None
+def _alpaca(record: dict, name: str, report: Report) -> Iterator[Conversation]:
+    """One conversation; of a Self-Instruct seed task (`instances`) one for each instance."""
+    instances = record.get("instances", [record])
+    instances = [i for i in instances if isinstance(i, dict)] if isinstance(instances, list) else []
+    if not instances:
+        report.add(name, "dropped: no output")
+    for number, instance in enumerate(instances):
+        fields = record.get("instruction"), instance.get("input"), instance.get("output", instance.get("response"))
+        instruction, given, output = ("" if f is None else f for f in fields)
+        if not all(isinstance(f, str) for f in (instruction, given, output)):
+            report.add(name, "dropped: a field is not text")
+        elif blank(instruction):
+            report.add(name, "dropped: no instruction")
+        elif blank(output):
+            report.add(name, "dropped: no output")
+        else:
+            if given.strip().lower() in ("<noinput>", "no input", "n/a", "none", ""):
+                given = ""  # the released 52k file has all of these for "no input"
+            known = ("id", "instruction", "input", "output", "response", "instances")
+            extra = {k: v for k, v in record.items() if k not in known}
+            yield Conversation([Turn("user", instruction, given), Turn("assistant", output)],
+                               name if len(instances) == 1 else f"{name}_{number}", extra=extra)
 
 
-def _sharegpt(record, name: str, report: Counter) -> Optional[Conversation]:
-    messages = record.get("conversations", record.get("messages")) if isinstance(record, dict) else None
+def blank(text: str) -> bool:
+    """Nothing to see in it: only spaces, control and zero-width characters."""
+    return all(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text)
+
+
+ROLES = {"human": "user", "user": "user", "prompter": "user", "instruction": "user",
+         "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
+         "bard": "assistant", "model": "assistant", "bot": "assistant", "system": "system"}
+
+
+def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) -> Iterator[Conversation]:
+    """At most one conversation. With "order" in `off` a wrong order drops it (as Vicuna's code did) instead of
+    being mended; with "empty" messages without visible text stay."""
+    messages = record.get("conversations", record.get("messages"))
     if not isinstance(messages, list):
-        report["dropped: no list of messages"] += 1
-        return None
-    turns, system = [], None
+        report.add(name, "dropped: no list of messages")
+        return
+    turns, system, done = [], None, []
     for m in messages:
-        role = ROLES.get(str(m.get("from", m.get("role"))).lower()) if isinstance(m, dict) else None
-        text = m.get("value", m.get("content")) if role else None
+        m = m if isinstance(m, dict) else {}
+        role = ROLES.get(str(m.get("from") or m.get("role")).lower())
+        text = m.get("content") if m.get("value") is None else m["value"]
         if not role:
-            report["dropped: unknown role"] += 1
-            return None
-        empty = not isinstance(text, str) or not text.strip()
+            report.add(name, "dropped: unknown role")
+            return
+        if isinstance(text, list):  # OpenAI's content parts
+            parts = [p.get("text") if isinstance(p, dict) else None for p in text]
+            text = "\n".join(parts) if all(isinstance(p, str) for p in parts) else None
+        empty = not isinstance(text, str) or blank(text) and "empty" not in off
         if role == "system":
+            if system is not None or turns:
+                done.append("mended: a system text came late, or a second one took the place of the first")
             system = None if empty else text
         elif empty:
-            report["cut at an empty message"] += 1
+            done.append("mended: cut at an empty message")
             break
         elif not turns and role == "assistant":
-            report["mended: dropped a reply before the first question"] += 1
+            done.append("mended: dropped a reply before the first question")
         elif turns and turns[-1].role == role:
-            report["mended: joined two messages of one speaker"] += 1
+            done.append("mended: joined two messages of one speaker")
             turns[-1] = Turn(role, turns[-1].text + "\n" + text)
         else:
             turns.append(Turn(role, text))
+    if "order" in off and any("joined" in what or "before the first" in what for what in done):
+        report.add(name, "dropped: wrong order of roles")
+        return
     if turns and turns[-1].role == "user":
-        report["mended: dropped a last question without reply"] += 1
+        done.append("mended: dropped a last question without reply")
         turns.pop()
     if not turns:
-        report["dropped: no reply"] += 1
-        return None
+        report.add(name, "dropped: no reply")
+        return
+    for what in done:
+        report.add(name, what)
     extra = {k: v for k, v in record.items() if k not in ("id", "conversations", "messages")}
-    return Conversation(turns, str(record.get("id", name)), system, extra)
+    yield Conversation(turns, name, system, extra)
+
+
+def oasst_conversations(records: Iterable, report: Report, pick: str = "all", synthetic: bool = False):
+    """Paths through OpenAssistant's trees, given as trees, as threads or as loose messages in any order.
+
+    pick: "all" leaves; "top1", "top2", ...: only replies ranked so well (one without a rank if it has no rival);
+    "best": in each tree the best-ranked reply to the best-ranked reply. A question without reply ends a path only
+    if it is the first one there, so that the path above appears once; the question itself is left off.
+    """
+    roots, loose = [], {}
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            report.add(f"record_{number}", "dropped: not an object")
+        elif isinstance(record.get("prompt"), dict):
+            roots.append((str(record.get("message_tree_id")), record.get("tree_state"), record["prompt"]))
+        elif isinstance(record.get("thread"), list):
+            chain: list = []
+            for m in reversed(record["thread"]):
+                chain = [{**(m if isinstance(m, dict) else {}), "replies": chain}]
+            roots += [(str(record.get("thread_id")), record.get("tree_state"), m) for m in chain]
+        elif record.get("message_id") in loose:
+            report.add(str(record["message_id"]), "dropped: this message_id stands twice")
+        elif "message_id" in record:
+            loose[record["message_id"]] = {**record, "replies": []}
+        else:
+            report.add(f"record_{number}", "dropped: neither a tree, a thread nor a message")
+    for key, m in loose.items():
+        if m.get("parent_id") is None:
+            roots.append((str(m.get("message_tree_id") or key), m.get("tree_state"), m))
+        elif m["parent_id"] in loose:
+            loose[m["parent_id"]]["replies"].append(m)
+    if loose:  # what no root leads to: the parent is missing, or they are each other's parents
+        stack, reached = [m for _, _, m in roots if m is loose.get(m.get("message_id"))], set()
+        while stack:
+            m = stack.pop()
+            reached.add(m["message_id"])
+            stack += m["replies"]
+        for key in loose.keys() - reached:
+            report.add(str(key), "dropped: no path from a first message leads to it")
+    for name, state, root in roots:
+        if state not in (None, "ready_for_export"):
+            report.add(name, f"dropped: the tree is {state}")
+            continue
+        paths = list(_oasst_paths(name, root, report, pick, synthetic))
+        if not paths:
+            report.add(name, "dropped: a tree without a reply that could be kept")
+        for number, path in enumerate(paths):
+            turns = [Turn(ROLES[m["role"].lower()], m["text"]) for m in path]
+            extra = dict(tree=name, messages=[m.get("message_id") for m in path])
+            yield Conversation(turns, f"{name}_{number}", extra=extra)
+
+
+def _oasst_paths(tree: str, root: dict, report: Report, pick: str, synthetic: bool) -> Iterator[list[dict]]:
+    """Without recursion: trees may be deep."""
+    def usable(m: dict, role: str) -> bool:
+        why = ("not an object" if not isinstance(m, dict) else
+               "deleted" if m.get("deleted") else
+               "synthetic (--synthetic keeps it)" if m.get("synthetic") and not synthetic else
+               "rejected in review" if m.get("review_result") is False else
+               "has no text" if not isinstance(m.get("text"), str) or blank(m["text"]) else
+               "its role does not follow" if ROLES.get(str(m.get("role")).lower()) != role else "")
+        if why:
+            name = m.get("message_id") if isinstance(m, dict) else None
+            report.add(str(name or tree), f"dropped with its replies: {why}")
+        return not why
+
+    def rank(m: dict) -> float:
+        return m["rank"] if isinstance(m.get("rank"), (int, float)) else float("inf")
+
+    stack = [[root]] if usable(root, "user") else []
+    while stack:
+        path = stack.pop()
+        m, role = path[-1], ("assistant", "user")[len(path) % 2 == 0]
+        replies = [r for r in m.get("replies") or [] if usable(r, role)]
+        if pick == "best":
+            replies = sorted(replies, key=rank)[:1]
+        if not replies:
+            if role == "user":
+                yield path
+            elif len(path) > 1 and path[-1].get("first"):
+                yield path[:-1]
+            continue
+        next_up = [{**r, "first": i == 0} for i, r in enumerate(replies)]
+        if pick.startswith("top") and role == "assistant":
+            alone = len(replies) == 1
+            next_up = [r for r in next_up if rank(r) < int(pick[3:]) or alone and rank(r) == float("inf")]
+        stack += [[*path, r] for r in reversed(next_up)]
+
+
+def save_conversations(conversations: Iterable[Conversation], path, kind: str = "sharegpt") -> int:
+    """As ShareGPT or Alpaca: a JSON array, or JSON lines for a name that ends in .jsonl. Returns how many."""
+    def record(c: Conversation) -> dict:
+        if kind == "alpaca":
+            (asked, reply) = c.turns
+            return dict(id=c.id, instruction=asked.text, input=asked.input, output=reply.text, **c.extra)
+        messages = [{"from": "system", "value": c.system}] if c.system else []
+        for t in c.turns:
+            text = t.text + "\n" + t.input if t.input else t.text
+            messages.append({"from": "human" if t.role == "user" else "gpt", "value": text})
+        return dict(id=c.id, conversations=messages, **c.extra)
+
+    lines, n = str(path).endswith(".jsonl"), 0
+    with writing(path) as file:
+        file.write("" if lines else "[")
+        for n, c in enumerate(conversations, 1):
+            file.write("" if n == 1 else "\n" if lines else ",\n")
+            file.write(json.dumps(record(c), ensure_ascii=False))
+        file.write("\n" if lines else "]\n")
+    return n
+
+
+@contextlib.contextmanager
+def writing(path, mode: str = "w"):
+    """A file that is there when it is complete, and not before. Its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# -- a file as tokens ----------------------------------------------------------------------------------------
+
+class Examples(Sequence):
+    """Many examples in flat arrays: as Python lists, 70,000 conversations would take ten times the memory."""
+
+    def __init__(self, tokens: np.ndarray, learned: np.ndarray, ends: np.ndarray):
+        self.tokens, self.learned, self.ends = tokens, learned, ends  # (N,) ids, (N,) bool, (conversations,)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> Example:
+        span = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        tokens = self.tokens[span].astype(np.int32)
+        return Example(tokens, np.where(self.learned[span], tokens, IGNORE))
+
+
+def digest(path) -> str:
+    with open(path, "rb") as file:
+        state = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()[:16]
+
+
+def tokenise(path, template: str, tokenizer: Tokenizer, report: Report) -> Examples:
+    """All conversations of a file, rendered. For a large file the result is kept beside it, in FILE.TEMPLATE.npz,
+    and made again when the file, the template, the tokenizer or this program has changed."""
+    cache, key = Path(f"{path}.{template}.npz"), ""
+    if Path(path).is_file() and Path(path).stat().st_size >= LARGE:
+        key = " ".join([digest(path), digest(tokenizer.path), digest(__file__), template])
+        try:
+            with np.load(cache) as kept:
+                if str(kept["key"]) == key:
+                    print(f"{path} is tokenised already: {cache}")
+                    report.update(json.loads(str(kept["report"])))
+                    learned = np.unpackbits(kept["learned"], count=len(kept["tokens"])) > 0
+                    return Examples(kept["tokens"], learned, kept["ends"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            pass  # there is none, or it is broken: it is made again
+    tokens, learned, ends = array("i"), array("b"), array("q")
+    for c in stream_conversations(path, report):
+        example = render(c, template, tokenizer)
+        tokens.extend(example.tokens)
+        learned.extend([label != IGNORE for label in example.labels])
+        ends.append(len(tokens))
+    if not ends:
+        raise Problem(f"{path}: no conversation in it can be used{report}")
+    ids = np.frombuffer(tokens, np.int32).astype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    found = Examples(ids, np.frombuffer(learned, np.int8) > 0, np.frombuffer(ends, np.int64))
+    if key:
+        try:
+            with writing(cache, "wb") as file:
+                np.savez(file, key=key, report=json.dumps(report), tokens=found.tokens,
+                         learned=np.packbits(found.learned), ends=found.ends)
+        except OSError as error:
+            print(f"{cache} cannot be written ({error.strerror}): the next run will tokenise again")
+    return found
 
 
 # -- rows of tokens: every batch is a pure function of (seed, step) ------------------------------------------
@@ -401,24 +804,32 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
 
     Longest first, each into the fullest row it fits. One that is longer than a row is cut to its length.
     """
-    rooms: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rooms[r]: rows with r places left
-    rows: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: -len(e.tokens)):
-        size = min(len(example.tokens), seq_len)
-        room = next((r for r in range(size, seq_len + 1) if rooms[r]), None)
-        if room is None:
+    lengths = np.array([len(e.tokens) for e in examples], np.int64)
+    rooms: dict[int, list[int]] = defaultdict(list)  # places left -> rows with so many
+    free: list[int] = []  # its keys, sorted
+    rows: list[list[int]] = []  # which examples lie in each
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        size = min(int(lengths[i]), seq_len)
+        found = bisect.bisect_left(free, size)
+        if found == len(free):
             rows.append([])
             at, room = len(rows) - 1, seq_len
         else:
+            room = free[found]
             at = rooms[room].pop()
-        rows[at].append(example)
-        rooms[room - size].append(at)
+            if not rooms[room]:
+                del free[found]
+        rows[at].append(i)
+        if room > size:
+            if not rooms[room - size]:
+                bisect.insort(free, room - size)
+            rooms[room - size].append(at)
     tokens = np.full((len(rows), seq_len), pad, np.int32)
     labels = np.full((len(rows), seq_len), IGNORE, np.int32)
     segments = np.full((len(rows), seq_len), -1, np.int32)  # padding is a segment of its own
     for r, row in enumerate(rows):
         end = 0
-        for s, example in enumerate(row):
+        for s, example in enumerate(examples[i] for i in row):
             n = min(len(example.tokens), seq_len - end)
             tokens[r, end:end + n], labels[r, end:end + n] = example.tokens[:n], example.labels[:n]
             segments[r, end:end + n] = s
@@ -429,29 +840,340 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
 # -- asking a model ------------------------------------------------------------------------------------------
 
 def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation], max_new_tokens: int = 96,
-         batch: int = 64, **sampling) -> tuple[list[str], list[bool]]:
-    """Replies to conversations that wait for one, and whether each reply ended by itself. Similar lengths together."""
-    prompts = [render(c, template, tokenizer).tokens for c in conversations]
+         batch: int = 64, images: Optional[Sequence] = None, **sampling) -> tuple[list[str], list[bool]]:
+    """Replies to conversations that wait for one, and whether each reply ended by itself. Similar lengths together.
+
+    images: for each conversation a tensor of its pictures, as model.generate wants them, or None.
+    Old rounds are left out where the context is too short; a question that fills it alone gets an empty reply.
+    """
+    limit = model.config.max_seq_len
+    prompts = [prompt(c, template, tokenizer, limit - min(max_new_tokens, limit // 2)) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies, ended = [""] * len(prompts), [False] * len(prompts)
     glued = get_template(template).glued
-    for at in range(0, len(order), batch):
-        group = order[at:at + batch]
-        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,), **sampling))
+    while order and len(prompts[order[-1]]) >= limit:
+        order.pop()  # one question alone fills the context: there is no room to reply
+    at = 0
+    while at < len(order):
+        # a prompt near the end of the context is asked alone: it would cut the others' replies
+        room = [i for i in order[at:at + batch] if len(prompts[i]) + max_new_tokens <= limit]
+        group = room or order[at:at + 1]
+        seen = [images[i] for i in group if images[i] is not None] if images else []
+        columns = list(model.generate([prompts[i] for i in group], max_new_tokens, stop=(tokenizer.eos,),
+                                      images=torch.cat(seen) if seen else None, **sampling))
         for i, ids in zip(group, zip(*columns)):
-            ended[i] = tokenizer.eos in ids
-            ids = ids[:ids.index(tokenizer.eos)] if ended[i] else ids
-            replies[i] = tokenizer.decode(ids, glued)
+            stopped = tokenizer.eos in ids
+            ids = ids[:ids.index(tokenizer.eos)] if stopped else ids
+            replies[i], found = said(tokenizer.decode(ids, glued), template)
+            ended[i] = stopped or found
+        at += len(group)
     return replies, ended
 
 
-# -- python data.py show -------------------------------------------------------------------------------------
+# -- recipes: what made Vicuna's and Koala's data -------------------------------------------------------------
+
+FENCE = re.compile(r"^(?P<mark>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:^(?P=mark)[ \t]*$|\Z)", re.M | re.S)
+LETTER = "A-Z\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
+
+
+def prose(text: str, edit: Callable[[str], str]) -> str:
+    """`edit` applied to what stands outside code blocks."""
+    out, at = [], 0
+    for block in FENCE.finditer(text):
+        out += [edit(text[at:block.start()]), block[0]]
+        at = block.end()
+    return "".join([*out, edit(text[at:])])
+
+
+def from_html(text: str, role: str) -> str:
+    """HTML as Markdown, if the message begins and ends with a tag. Fix: `a < b` is left alone, nothing is
+    escaped (the original's \\_ reached 15 % of the conversations), code keeps language, spaces and back-ticks."""
+    block = r"\s*<(p|div|span|pre|ul|ol|table|h[1-6]|blockquote)\b[^<>]*>"
+    if not re.match(block, text, re.I) or not re.search(r"(</\w+\s*>|<(br|hr|img)\b[^<>]*>)\s*$", text, re.I):
+        return text
+    try:
+        import bs4
+        import markdownify
+    except ImportError:
+        raise Problem("this file holds HTML: pip install markdownify, or leave it alone with --off=html") from None
+
+    class Converter(markdownify.MarkdownConverter):
+        def convert_pre(self, pre, text, parent_tags):
+            code = pre.find("code") or pre
+            body = code.get_text().strip("\n")
+            title = "" if code is pre else "".join(pre.find_all(string=lambda t: code not in t.parents)).strip()
+            language = (re.search(r"language-([\w+#.-]+)", " ".join(code.get("class") or []))
+                        or re.fullmatch(r"([\w+#.-]+)", title))
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+            return f"\n\n{fence}{language[1] if language else ''}\n{body}\n{fence}\n\n" if body else ""
+
+    try:
+        soup = bs4.BeautifulSoup(text, "html.parser")
+        for tag in soup(["script", "style", "button"]):
+            tag.decompose()
+        return Converter(heading_style="ATX", bullets="-", escape_asterisks=False, escape_underscores=False,
+                         escape_misc=False, table_infer_header=True).convert_soup(soup).strip("\n").rstrip()
+    except (RecursionError, AssertionError, bs4.ParserRejectedMarkup):
+        return ""  # nobody can read it: the rule "empty" cuts the conversation here
+
+
+def copy_button(text: str, role: str) -> str:
+    """The words of the button: "pythonCopy codeprint(1)" in a code block, or "Copy code" alone on a line of a
+    reply. Fix: block by block (the original joined two of them), and a block that holds nothing else goes."""
+    def block(m: re.Match) -> str:
+        body = re.match(r"([\w+#.-]*?)(?:Copy code)+\n?", m["body"])
+        info = re.sub(r"(Copy code)+$", "", m["info"].rstrip())
+        if not body and info == m["info"].rstrip():
+            return m[0]
+        rest = m["body"][body.end():] if body else m["body"]
+        info = info or (body[1] if body else "")
+        return f"{m['mark']}{info}\n{rest}{m['mark']}" if rest.strip() else ""
+
+    text = FENCE.sub(block, text)
+    if role == "user":
+        return text
+    return prose(text, lambda t: re.sub(r"^Copy code[ \t]*(\n|\Z)", "", t, flags=re.M))
+
+
+def counters(text: str, role: str) -> str:
+    """"2 / 2" of a regenerated reply, "Copy12 chars / 3 words". Fix: "1 / 2 cup" stays."""
+    m = re.match(rf"(\d+) / (\d+)(?:\s*\n|\Z|(?=[{LETTER}]))", text)
+    if m and 1 <= int(m[1]) <= int(m[2]) > 1:
+        text = text[m.end():]
+    return re.sub(r"Copy\d+ chars / \d+ words", "", text)
+
+
+def escapes(text: str, role: str) -> str:
+    """my\\_name in copies that the original has converted. Fix: not in code."""
+    return prose(text, lambda t: re.sub(r"(?<=\w)\\_(?=\w)", "_", t))
+
+
+def spaces(text: str, role: str) -> str:
+    """CRLF, empty lines around the text, three or more line ends. Fix: code is left alone, and always two remain,
+    not one or two by chance."""
+    text = prose(text.replace("\r\n", "\n"), lambda t: re.sub(r"\n{3,}", "\n\n", t))
+    return re.sub(r"\A([ \t]*\n)+", "", text).rstrip()
+
+
+def blocked(c: Conversation, words: Sequence[str]) -> bool:
+    """Fix: words in links and in HTML attributes do not count."""
+    text = re.sub(r"https?://\S+", "", "\n".join(t.text for t in c.turns)).lower()
+    return any(word in text for word in words)
+
+
+@functools.cache
+def identifier():
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise Problem("--language needs a library: pip install py3langid") from None
+    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+
+def language(c: Conversation) -> str:
+    """ISO code, or "unknown" for code and for what is too short to tell; those are kept."""
+    text = re.sub(r"https?://\S+", "", FENCE.sub("", "\n".join(t.text for t in c.turns)))
+    if sum(map(str.isalpha, text)) < 12:
+        return "unknown"
+    code, share = identifier().classify(text[:4000])
+    return code if share > 0.9 else "unknown"
+
+
+def broken_numbers(c: Conversation) -> bool:
+    """"1." follows "1." in a reply's list. Fix: at the very start too, and a "2" somewhere does not hide it."""
+    lists = ([m == "1" for m in re.findall(r"^(\d+)\. ", FENCE.sub("", t.text), re.M)] for t in c.turns[1::2])
+    return any(a and b for ones in lists for a, b in zip(ones, ones[1:]))
+
+
+def repetitive(c: Conversation) -> bool:
+    """A reply with a number of nine or more equal digits, or twenty equal lines. Fix: an amount like 1000000000
+    and an address like 0x000000000 stay."""
+    for text in (FENCE.sub("", t.text) for t in c.turns[1::2]):
+        lines = Counter(line for line in text.split("\n") if line.strip())
+        if re.search(r"(?<![\w.,])(\d)\1{8,}(?!\w)", text) or lines and max(lines.values()) >= 20:
+            return True
+    return False
+
+
+EDITS = {"html": (from_html, "HTML became Markdown"), "copy": (copy_button, 'the words "Copy code"'),
+         "counters": (counters, "counters of the web page"), "escapes": (escapes, "escaped underscores"),
+         "spaces": (spaces, "line ends")}
+RULES = ["order", *EDITS, "limit", "empty", "plugins", "blocked", "language", "numbering", "repetition",
+         "short", "duplicates"]
+LIMIT = re.compile(r"\s*!?Too many requests in 1 hour\. Try again later\.")
+
+
+def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[str] = (),
+          words: Sequence[str] = ("openai", "chatgpt"), languages: Sequence[str] = ()) -> list[Conversation]:
+    """Vicuna's cleaning, its mistakes mended, as each rule says. Cleaning again changes nothing more.
+
+    Text is mended first, so that words and lengths are judged as a model would read them. ("order" is seen to
+    when a file is loaded.) languages: ISO codes to keep, or with a minus to leave out; none: all are welcome.
+    """
+    def key(turns: list[Turn]) -> int:
+        return hash(tuple(turns))
+
+    leave_out = [code[1:] for code in languages if code.startswith("-")]
+    keep = [code for code in languages if not code.startswith("-")]
+
+    def unwanted(c: Conversation) -> bool:
+        code = language(c)
+        return code != "unknown" and (code in leave_out or bool(keep) and code not in keep)
+
+    drops = {"plugins": (lambda c: bool(c.extra.get("plugins")), "made with plugins"),
+             "blocked": (lambda c: blocked(c, words), "a blocked word"),
+             "language": (lambda c: bool(languages) and unwanted(c), "another language"),
+             "numbering": (broken_numbers, "a list with broken numbers"),
+             "repetition": (repetitive, "repetitive"),
+             # fix: in bytes, so that a Korean syllable counts as three letters
+             "short": (lambda c: sum(len(t.text.encode()) for t in c.turns) < 16, "too short")}
+    kept = []
+    for c in conversations:
+        before, done = None, {}
+        while before != c.turns:  # one edit may bring to light what another looks for
+            before = c.turns
+            for rule, (edit, what) in EDITS.items():
+                if rule in off or rule == "html" and c.extra.get("format") == "markdown":
+                    continue
+                turns = [t._replace(text=edit(t.text, t.role)) for t in c.turns]
+                if turns != c.turns:
+                    c, done[f"changed: {what}"] = replace(c, turns=turns), True
+            if "html" not in off:  # else Markdown that speaks of HTML would be converted the next time
+                c = replace(c, extra={**c.extra, "format": "markdown"})
+        for rule, bad, what in (
+                ("limit", lambda t: t.role == "assistant" and LIMIT.match(t.text), "the notice of a rate limit"),
+                ("empty", lambda t: blank(t.text), "a message without visible text")):
+            n = next((i for i, t in enumerate(c.turns) if rule not in off and bad(t)), None)
+            if n is not None:  # fix: the rounds before it are kept
+                c, done[f"changed: cut at {what}"] = replace(c, turns=c.turns[:n - n % 2]), True
+        why = [what for rule, (bad, what) in drops.items() if rule not in off and bad(c)]
+        if not c.turns:
+            why = ["nothing is left"]
+        for what in [f"dropped: {why[0]}"] if why else done:
+            report.add(c.id, what)
+        if not why:
+            kept.append(c)
+    if "duplicates" in off:
+        return kept
+    # fix: not all that begins with the same round, but what is equal or was shared again when it had gone on
+    longer, seen, unique = {key(c.turns[:n]) for c in kept for n in range(2, len(c.turns), 2)}, set(), []
+    for c in kept:
+        if key(c.turns) in longer or key(c.turns) in seen:
+            report.add(c.id, "dropped: a duplicate, or the beginning of another conversation")
+        else:
+            unique.append(c)
+        seen.add(key(c.turns))
+    return unique
+
+
+def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int,
+          report: Report) -> Iterator[Conversation]:
+    """Pieces of at most `seq_len` tokens, each with the system text, and no round lost.
+
+    A round that is too long by itself is cut: the question, if the whole reply and at least 16 tokens of question
+    have room; otherwise both, and the reply is learned without an end.
+    """
+    def size(turns: list[Turn], **more) -> int:
+        return len(render(replace(c, turns=turns, **more), template, tokenizer).tokens)
+
+    ends = [end for _, end, learned in stretches(render(c, template, tokenizer).labels) if learned]
+    pieces, begin, used = [], 0, 0
+    for r, (a, b) in enumerate(zip([0, *ends], ends)):
+        if r > begin and used + b - a > seq_len:
+            pieces.append(c.turns[2 * begin:2 * r])
+            begin, used = r, size(c.turns[2 * r:2 * r + 2])
+        else:
+            used += b - a
+    pieces.append(c.turns[2 * begin:])
+    at = 0
+    for turns in pieces:
+        last = at + len(turns) == len(c.turns)
+        extra = {k: v for k, v in c.extra.items() if last or k != "cut"}
+        if size(turns) > seq_len:
+            asked, reply = turns
+            reply_size = size([asked, reply]) - size([asked])
+            frame = size([asked._replace(text="", input="")])
+            room = seq_len - frame
+            if room < 2:
+                raise Problem(f"--seq_len={seq_len} has no room beside the {frame} tokens of the template")
+            question_room = room - reply_size if room - reply_size >= 16 else room // 2
+            whole = asked
+            for part in ("input", "text"):
+                asked = asked._replace(**{part: shorten(getattr(asked, part), lambda text: size(
+                    [asked._replace(**{part: text})]) - frame <= question_room)})
+            if asked != whole:
+                report.add(c.id, "cut: a question")
+            if size([asked, reply]) > seq_len:
+                extra = {**extra, "cut": True}
+                reply = reply._replace(text=shorten(
+                    reply.text, lambda text: size([asked, reply._replace(text=text)], extra=extra) <= seq_len))
+                report.add(c.id, "cut: a reply; its end is not learned")
+            turns = [asked, reply]
+        yield replace(c, turns=turns, id=c.id if len(pieces) == 1 else f"{c.id}_{at}", extra=extra)
+        at += len(turns)
+    if len(pieces) > 1:
+        report.add(c.id, "split")
+
+
+def shorten(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest beginning that fits, up to a few letters: token counts do not grow evenly."""
+    low, high = 0, len(text)
+    if fits(text):
+        return text
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(text[:middle]) else (low, middle - 1)
+    return text[:low]
+
+
+# weights; the originals were shuffled together as they were, the identity conversations five times.
+# Distill: only what ChatGPT said. All: instructions and human feedback too (the chosen replies)
+RECIPES = {"koala_distill": dict(sharegpt=1, hc3=1, identity=5),
+           "koala_all": dict(sharegpt=1, hc3=1, alpaca=1, oig=1, hh=1, webgpt=1, summarize=1, identity=5)}
+
+
+def mix(sources: Sequence[tuple[list[Conversation], float]], seed: int) -> list[Conversation]:
+    """(conversations, weight) each: weight 2 takes all of them twice, 0.5 a random half. Shuffled."""
+    rng, found, seen = random.Random(seed), [], Counter()
+    for conversations, weight in sources:
+        part = sorted(rng.sample(range(len(conversations)), round(weight % 1 * len(conversations))))
+        found += conversations * int(weight) + [conversations[i] for i in part]
+    rng.shuffle(found)
+    mixed = []
+    for c in found:
+        seen[c.id] += 1
+        mixed.append(c if seen[c.id] == 1 else replace(c, id=f"{c.id}#{seen[c.id]}"))
+    return mixed
+
+
+def identity_conversations(name: str, maker: str) -> list[Conversation]:
+    """Who it is and who made it; that it is none of the others; alone and in the second round."""
+    who = ["Who are you?", "What is your name?", "What are you?", "May I know your name?", "Are you a person?",
+           "Hello! Who am I talking to?", "Introduce yourself, please.", "Tell me something about yourself."]
+    made = ["Who made you?", "Who trained you?", "Who built this model?", "Where do you come from?",
+            "Whose work are you?"]
+    others = ["ChatGPT", "GPT-4", "Claude", "Bard", "Gemini", "LLaMA", "Alpaca", "Siri", "Alexa", "Copilot"]
+    i_am = [f"I am {name}, a language model made by {maker}.",
+            f"You are talking to {name}, a language model by {maker}.",
+            f"My name is {name}. I am a language model that {maker} made."]
+    by = [f"I was made by {maker}. My name is {name}.", f"I am {name}, and I come from {maker}.",
+          f"{maker[:1].upper()}{maker[1:]} made me; I am {name}."]
+    no = [f"No, I am {name}, a language model made by {maker}.", f"I am not. I am {name}, made by {maker}."]
+    chats = [[q, a] for asked, replies in ((who, i_am), (made, by)) for q in asked for a in replies]
+    chats += [[q.format(o), a] for o in others for q in ("Are you {}?", "You are {}, aren't you?") for a in no]
+    chats += [[q, i_am[i % 3], made[i % 5], by[i % 3]] for i, q in enumerate(who)]
+    turns = [[Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(chat)] for chat in chats]
+    return [Conversation(t, f"identity_{i}") for i, t in enumerate(turns)]
+
+
+# -- python data.py COMMAND ----------------------------------------------------------------------------------
 
 @dataclass
 class ShowConfig:
-    file: str  # ShareGPT or Alpaca, JSON or JSON lines
-    tokenizer: str = "out/base"  # a checkpoint folder or a tokenizer.model
-    template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
+    file: str  # ShareGPT, Alpaca or OpenAssistant
+    tokenizer: str = ""  # a checkpoint folder or a tokenizer.model; that of --ckpt, or out/base
+    template: str = ""  # that of --ckpt, or alpaca for Alpaca files, else vicuna_v1.1
+    ckpt: str = ""  # a checkpoint folder: print the loss of each token that is learned, in nats
     count: int = 2  # conversations to print
     seed: int = 0  # which ones
 
@@ -462,44 +1184,67 @@ class ShowConfig:
 
 def show(cfg: ShowConfig) -> dict:
     """Rendered conversations; on a terminal what is learned is green, elsewhere it stands in [[ ]]."""
-    report = Counter()
+    report, meta, net = Report(), {}, None
     conversations = load_conversations(cfg.file, report)
-    tokenizer = find_tokenizer(cfg.tokenizer)
-    template = cfg.template or default_template(cfg.file)
+    if cfg.ckpt:
+        import model  # only here: all else in this file works without a network
+        net, _, meta = model.load(cfg.ckpt)
+    tokenizer = find_tokenizer(cfg.tokenizer or cfg.ckpt or "out/base")
+    template = cfg.template or meta.get("template") or default_template(cfg.file)
     on, off = ("\033[92m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     total, supervised = 0, 0
     for c in random.Random(cfg.seed).sample(conversations, min(cfg.count, len(conversations))):
         example = render(c, template, tokenizer)
         learned = sum(label != IGNORE for label in example.labels)
-        print(f"\n--- {c.id}: {len(example.tokens)} tokens, {learned} learned (template {template})")
-        start = 0
-        for end in range(1, len(example.tokens) + 1):
-            if end == len(example.tokens) or (example.labels[end] == IGNORE) != (example.labels[start] == IGNORE):
-                text = spell(tokenizer, example.tokens[start:end])
-                print(text if example.labels[start] == IGNORE else on + text + off, end="")
-                start = end
+        slots = example.tokens.count(IMAGE_SLOT)
+        system = len(example.tokens) - len(render(replace(c, system=""), template, tokenizer).tokens)
+        print(f"\n--- {c.id}: {len(example.tokens)} tokens (template {template}): system {system}, "
+              f"user {len(example.tokens) - system - learned - slots}, assistant {learned} (learned)"
+              + f", image slots {slots}" * (slots > 0))
+        losses = token_losses(net, example) if net else None
+        for begin, end, is_learned in stretches(example.labels):
+            if is_learned and losses is not None:
+                text = "".join(f"{spell(tokenizer, [i])}({loss:.2f})" for i, loss in
+                               zip(example.tokens[begin:end], losses[begin:end]))
+            else:
+                text = spell(tokenizer, example.tokens[begin:end])
+            print(on + text + off if is_learned else text, end="")
         print()
+        if losses is not None:
+            print(f"loss {np.nansum(losses) / max(1, np.isfinite(losses).sum()):.3f} nats per learned token")
         total, supervised = total + len(example.tokens), supervised + learned
-    print(f"\n{len(conversations)} conversations in {cfg.file}" + "".join(f"; {k}: {n}" for k, n in report.items()))
+    print(f"\n{len(conversations)} conversations in {cfg.file}{report}")
     return dict(conversations=len(conversations), tokens=total, supervised=supervised, **report)
 
 
+def token_losses(net, example: Example) -> np.ndarray:
+    """(T,) nats of each learned token; NaN for the others and for what lies beyond the model's context."""
+    losses, n = np.full(len(example.tokens), np.nan), min(len(example.tokens), net.config.max_seq_len)
+    if IMAGE_SLOT in example.tokens:
+        raise Problem("--ckpt: the loss of a conversation with images needs the images")
+    with torch.inference_mode():
+        log_p = net(torch.tensor([example.tokens[:n]]))[0].float().log_softmax(-1)  # (T, V)
+    for i in range(1, n):
+        if example.labels[i] != IGNORE:
+            losses[i] = -log_p[i - 1, example.labels[i]].item()
+    return losses
+
+
 def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Text of ids with control pieces spelled out."""
-    out, run_ = "", []
-    for i in [*ids, None]:
-        if i is not None and not tokenizer.sp.is_control(i) and i != tokenizer.unk:
-            run_.append(i)
-            continue
-        if run_:
-            out += tokenizer.decode(run_, continuation=True)
-            run_ = []
-        out += "" if i is None else tokenizer.sp.id_to_piece(i)
-    return out
+    """Text of ids with control pieces and image slots spelled out."""
+    def is_text(i: int) -> bool:
+        return i != IMAGE_SLOT and i != tokenizer.unk and not tokenizer.sp.is_control(i)
 
-
-def default_template(path) -> str:
-    return "alpaca" if kind_of(read_records(path), path) == "alpaca" else "vicuna_v1.1"
+    out = []
+    for text, group in itertools.groupby(ids, is_text):
+        group = list(group)
+        if text:
+            out.append(tokenizer.decode(group, continuation=True))
+        elif IMAGE_SLOT in group:
+            out.append(f"<{len(group)} image slots>")
+        else:
+            out += [tokenizer.sp.id_to_piece(i) for i in group]
+    return "".join(out)
 
 
 def find_tokenizer(where: str) -> Tokenizer:
@@ -513,5 +1258,210 @@ def find_tokenizer(where: str) -> Tokenizer:
     return Tokenizer(path)
 
 
+@dataclass
+class StatsConfig:
+    file: str  # ShareGPT, Alpaca or OpenAssistant
+    tokenizer: str = "out/base"  # a checkpoint folder or a tokenizer.model
+    template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
+    synthetic: bool = False  # OpenAssistant: count messages written by a machine, too
+
+
+def stats(cfg: StatsConfig) -> dict:
+    """What is in a file, and what is lost of it."""
+    report, figures = Report(), {}
+    conversations = stream_conversations(cfg.file, report)
+    if kind_of(cfg.file) == "oasst":
+        records = list(read_records(cfg.file, report))
+        print(f"{'paths':<8}{'trees':>8}{'threads':>9}{'messages':>10}{'different':>11}")
+        for pick in ("all", "top2", "top1", "best"):
+            found = list(oasst_conversations(records, Report(), pick, cfg.synthetic))
+            row = dict(trees=len({c.extra["tree"] for c in found}), threads=len(found),
+                       messages=sum(len(c.turns) for c in found),
+                       different=len({m for c in found for m in c.extra["messages"]}))
+            print(f"{pick:<8}{row['trees']:>8}{row['threads']:>9}{row['messages']:>10}{row['different']:>11}")
+            figures[pick] = row
+        conversations = oasst_conversations(records, report, "all", cfg.synthetic)
+    return survey(conversations, cfg, report, lambda c, example: None) | figures
+
+
+def survey(conversations: Iterable[Conversation], cfg, report: Report,
+           each: Callable[[Conversation, Example], None]) -> dict:
+    """Renders all conversations, hands them to `each`, and prints how many and how long they are."""
+    tokenizer, template = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file)
+    lengths, turns, learned = [], 0, 0
+    for c in conversations:
+        example = render(c, template, tokenizer)
+        each(c, example)
+        lengths.append(len(example.tokens))
+        turns += len(c.turns)
+        learned += sum(label != IGNORE for label in example.labels)
+    if not lengths:
+        raise Problem(f"{cfg.file}: no conversation in it can be used{report}")
+    total = sum(lengths)
+    print(f"{cfg.file}: {len(lengths)} conversations, {turns} turns, {total} tokens, {learned} learned "
+          f"({100 * learned / total:.1f}%), template {template}{report}")
+    print(f"tokens in a conversation: median {sorted(lengths)[len(lengths) // 2]}, longest {max(lengths)}")
+    bins = Counter(max(5, (n - 1).bit_length()) for n in lengths)
+    for power in range(min(bins), max(bins) + 1):
+        bar = "#" * round(50 * bins[power] / max(bins.values()))
+        print(f"{'up to' if power == min(bins) else '':>5}{1 << power:>8} {bins[power]:>8} {bar}")
+    return dict(conversations=len(lengths), turns=turns, tokens=total, supervised=learned, **report)
+
+
+@dataclass
+class TokensConfig:
+    file: str  # ShareGPT, Alpaca or OpenAssistant
+    tokenizer: str = "out/base"  # a checkpoint folder or a tokenizer.model
+    template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
+    out: str = "tokens.jsonl"  # one line a conversation: id, tokens, labels (-100: not learned)
+
+
+def write_tokens(cfg: TokensConfig) -> dict:
+    refuse_same(cfg.file, cfg.out)
+    report = Report()
+    with writing(cfg.out) as file:
+        return survey(stream_conversations(cfg.file, report), cfg, report, lambda c, example: print(
+            json.dumps(dict(id=c.id, tokens=example.tokens, labels=example.labels)), file=file))
+
+
+def refuse_same(source, target) -> None:
+    if Path(source).resolve() == Path(target).resolve():
+        raise Problem(f"--out={target} is the file that is read; choose another name")
+
+
+def write_result(found: list[Conversation], read: int, cfg, kind: str, report: Report) -> dict:
+    """Writes the conversations, and beside them what happened to which."""
+    save_conversations(found, cfg.out, kind)
+    with writing(f"{cfg.out}.report.json") as file:
+        what_happened = [dict(id=name, what=what) for name, what in report.entries]
+        json.dump(dict(read=read, written=len(found), reasons=report, conversations=what_happened), file,
+                  ensure_ascii=False, indent=1)
+    print(f"{read} conversations read, {len(found)} written to {cfg.out}; each change: {cfg.out}.report.json")
+    for reason, n in sorted(report.items(), key=lambda x: -x[1]):
+        print(f"{n:>8}  {reason}")
+    return dict(read=read, written=len(found), **report)
+
+
+@dataclass
+class CleanConfig:
+    file: str  # ShareGPT, Alpaca or OpenAssistant
+    out: str = "clean.json"  # beside it: clean.json.report.json
+    off: str = ""  # rules to leave out, with commas between them; --off=help lists them
+    blocked: str = "openai,chatgpt"  # words that a conversation may not contain, in any case
+    language: str = ""  # en,ko keeps these; -ko leaves it out; "" keeps all
+
+    def __post_init__(self):
+        for rule in filter(None, self.off.split(",")):
+            if rule not in RULES:
+                raise Problem(f"--off={rule}: the rules are {', '.join(RULES)}")
+
+
+def clean_file(cfg: CleanConfig) -> dict:
+    refuse_same(cfg.file, cfg.out)
+    report, off = Report(), cfg.off.split(",")
+    conversations = load_conversations(cfg.file, report, off)
+    lost = sum(n for reason, n in report.items() if reason.startswith("dropped"))
+    found = clean(conversations, report, off, [w.lower() for w in cfg.blocked.split(",") if w],
+                  [code for code in cfg.language.split(",") if code])
+    return write_result(found, len(conversations) + lost, cfg, kind_of(cfg.file), report)
+
+
+@dataclass
+class SplitConfig:
+    file: str  # ShareGPT, Alpaca or OpenAssistant
+    out: str = "split.json"
+    seq_len: int = 2048  # longest piece in tokens, the system text included
+    tokenizer: str = "out/base"  # a checkpoint folder or a tokenizer.model
+    template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
+
+
+def split_file(cfg: SplitConfig) -> dict:
+    refuse_same(cfg.file, cfg.out)
+    report = Report()
+    tokenizer, template = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file)
+    conversations = load_conversations(cfg.file, report)
+    found = [piece for c in conversations for piece in split(c, template, tokenizer, cfg.seq_len, report)]
+    return write_result(found, len(conversations), cfg, kind_of(cfg.file), report)
+
+
+@dataclass
+class OasstConfig:
+    file: str  # trees, threads or messages
+    out: str = "oasst.json"
+    pick: str = "all"  # all paths to a last reply; top1, top2, ...: best-ranked replies; best: one path a tree
+    synthetic: bool = False  # keep messages written by a machine
+    valid: float = 0.0  # share of the trees that goes into a second file, OUT.valid.json
+    seed: int = 0  # which trees
+
+    def __post_init__(self):
+        if not re.fullmatch(r"all|best|top[1-9]\d*", self.pick):
+            raise Problem(f"--pick={self.pick}: expected all, best, top1, top2, ...")
+        if not 0 <= self.valid < 1:
+            raise Problem(f"--valid={self.valid} must lie between 0 and 1")
+
+
+def oasst_file(cfg: OasstConfig) -> dict:
+    refuse_same(cfg.file, cfg.out)
+    if kind_of(cfg.file) != "oasst":
+        raise Problem(f"{cfg.file} does not come from OpenAssistant")
+    report = Report()
+    found = list(oasst_conversations(read_records(cfg.file, report), report, cfg.pick, cfg.synthetic))
+    trees = list(dict.fromkeys(c.extra["tree"] for c in found))
+    held = set(random.Random(cfg.seed).sample(trees, round(cfg.valid * len(trees))))
+    if held:  # whole trees: two paths through one tree have their beginning in common
+        n = save_conversations((c for c in found if c.extra["tree"] in held), f"{cfg.out}.valid.json")
+        print(f"{len(held)} of {len(trees)} trees, {n} conversations, written to {cfg.out}.valid.json")
+    kept = [c for c in found if c.extra["tree"] not in held]
+    return write_result(kept, len(found), cfg, "sharegpt", report)
+
+
+@dataclass
+class MixConfig:
+    files: str  # FILE:WEIGHT,FILE,...; 2: all of it twice, 0.5: a random half. With --recipe: NAME=FILE,...
+    out: str = "mix.json"
+    recipe: str = ""  # koala_distill or koala_all: weights by name
+    seed: int = 0  # of the order and of the halves
+
+
+def mix_files(cfg: MixConfig) -> dict:
+    weights = RECIPES.get(cfg.recipe, {})
+    if cfg.recipe and not weights:
+        raise Problem(f"--recipe={cfg.recipe}: expected one of {', '.join(RECIPES)}")
+    report, sources, names, kinds = Report(), [], [], set()
+    for item in cfg.files.split(","):
+        if not item:
+            raise Problem("two commas, or none in between: give FILE:WEIGHT,FILE,...")
+        name, file, weight = re.fullmatch(r"(?:(\w+)=)?(.+?)(?::(\d*\.?\d+))?", item).groups()
+        if weights and name not in weights:
+            raise Problem(f"{cfg.recipe} mixes {', '.join(weights)}: give each as NAME=FILE, not {item}")
+        refuse_same(file, cfg.out)
+        sources.append((load_conversations(file, report), float(weight or weights.get(name, 1))))
+        names, kinds = [*names, name], kinds | {kind_of(file)}
+    missing = [name for name in weights if name not in names]
+    if missing:
+        raise Problem(f"{cfg.recipe} also needs {', '.join(missing)}: give each as NAME=FILE")
+    found = mix(sources, cfg.seed)
+    for item, (conversations, weight) in zip(cfg.files.split(","), sources):
+        share = weight * len(conversations) / max(1, len(found))
+        print(f"{item}: {len(conversations)} conversations, weight {weight:g}: {100 * share:.1f}%")
+    kind = kinds.pop() if len(kinds) == 1 else "sharegpt"
+    return write_result(found, sum(len(c) for c, _ in sources), cfg, kind, report)
+
+
+@dataclass
+class IdentityConfig:
+    name: str = "Lumi"  # what the model shall call itself
+    maker: str = "two students"  # and who made it
+    out: str = "identity.json"
+
+
+def identity_file(cfg: IdentityConfig) -> dict:
+    n = save_conversations(identity_conversations(cfg.name, cfg.maker), cfg.out)
+    print(f"{cfg.out}: {n} conversations in which the model is {cfg.name}, made by {cfg.maker}")
+    return dict(conversations=n)
+
+
 if __name__ == "__main__":
-    run(None, {"show": (show, ShowConfig)})
+    run(None, dict(show=(show, ShowConfig), stats=(stats, StatsConfig), tokens=(write_tokens, TokensConfig),
+                   clean=(clean_file, CleanConfig), split=(split_file, SplitConfig), oasst=(oasst_file, OasstConfig),
+                   mix=(mix_files, MixConfig), identity=(identity_file, IdentityConfig)))

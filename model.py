@@ -2,10 +2,12 @@
 
     python model.py               # the published sizes and their parameter counts
     python model.py --preset=7B   # one of them, part by part
+    python model.py --preset=7B --gpus=8 --seq=2048 --batch=4   # what training it takes: memory, hours, dollars
 
 References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models (arXiv 2302.13971);
 [2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm (1910.07467);
-[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245).
+[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245);
+[6] Hu et al. 2021, LoRA (2106.09685).
 
 Letters in the shape comments: B batch, T tokens now, S tokens in sight (cache included), C model width,
 H heads, K key/value heads, D head width, V vocabulary, N supervised positions.
@@ -24,7 +26,7 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Literal, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -66,7 +68,7 @@ class LLaMAConfig:
 
 # Table 2 of [1]; the small ones are ours.
 PRESETS = {
-    "toy": dict(dim=128, n_layers=4, n_heads=4, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
@@ -91,8 +93,9 @@ class RMSNorm(nn.Module):
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0, scaling: float = 1.0) -> tuple:
     """[2] eq. 15: angle of position t in pair i is t / theta^(2i/D). Returns cos, sin, each (seq_len, D/2)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = torch.outer(torch.arange(seq_len).float() / scaling, frequencies)
+    here = torch.device("cpu")  # real numbers even while a model of shapes alone is built on the meta device
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=here).float() / head_dim)
+    angles = torch.outer(torch.arange(seq_len, device=here).float() / scaling, frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -208,12 +211,15 @@ class LLaMA(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.output.weight = self.tok_embeddings.weight
+        self.tie()
         table = rope_table(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", table[0], persistent=False)
         self.register_buffer("sin", table[1], persistent=False)
         self.init_weights()
+
+    def tie(self) -> None:
+        if self.config.tied:
+            self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self) -> None:
         """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
@@ -252,8 +258,8 @@ class LLaMA(nn.Module):
             raise Problem(f"{past + T} tokens do not fit into the context of {limit}")
         slots = tokens == IMAGE_SLOT
         x = self.tok_embeddings(tokens.masked_fill(slots, 0))  # (B, T, C)
-        n_images = 0 if images is None else len(images)
-        if n_images or bool(slots.any()):
+        if images is not None or bool(slots.any()):  # none of none, too: FSDP waits for every rank's gradient
+            n_images = 0 if images is None else len(images)
             if int(slots.sum()) != n_images:
                 raise Problem(f"{int(slots.sum())} image slots in the text, but {n_images} image vectors")
             if images.shape[1:] != x.shape[2:]:
@@ -358,6 +364,12 @@ class LLaMA(nn.Module):
             tokens, images = ids[:, None], None
 
 
+def count(config: LLaMAConfig) -> int:
+    """Parameters of a network of this shape, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LLaMA(config).parameters())
+
+
 def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
     """Position of each token, (T,) or (B, T), and who may look at whom, (B, 1, T, S) or None for plain causal."""
     here = torch.arange(past, past + T, device=device)
@@ -394,32 +406,75 @@ def sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random) 
     return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
 
 
-# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `lates
+# -- LoRA: two thin matrices are trained beside each frozen one ----------------------------------------------
+
+LORA_SCALE = 2.0  # alpha / r in [6]
+
+
+class LoRALinear(nn.Linear):
+    """[6] eq. 3: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) zero: training begins at the base model."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        where = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **where) / math.sqrt(self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **where))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def add_lora(model: LLaMA, rank: int) -> None:
+    """Freezes the network and puts adapters of this rank on every projection of every block."""
+    model.requires_grad_(False)
+    for block in model.layers:
+        for part in (block.attention, block.feed_forward):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRALinear(linear, rank))
+
+
+def merge_lora(weights: dict) -> tuple[dict, dict]:
+    """Splits the state_dict of a network with adapters into a plain one, adapters added in, and the adapters alone."""
+    adapters = {name: w for name, w in weights.items() if ".lora_" in name}
+    merged = {name: w for name, w in weights.items() if name not in adapters}
+    for name in adapters:
+        if name.endswith(".lora_a"):
+            layer = name.removesuffix("lora_a")
+            merged[layer + "weight"] = merged[layer + "weight"] + LORA_SCALE * adapters[layer + "lora_b"] @ adapters[name]
+    return merged, adapters
+
+
+# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `latest`
 
 def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: Optional[dict] = None,
-         keep: int = 2) -> Path:
+         keep: int = 2, weights: Optional[dict] = None, adapters: Optional[dict] = None) -> Path:
     """Writes folder/step-NNNNNN and points folder/latest at it; a crash at any moment leaves the previous one valid.
 
-    meta must hold "step". The last `keep` steps stay. Raises OSError (disk full, no permission).
+    meta must hold "step". `weights` take the place of model.state_dict() where that is in pieces (FSDP) or holds
+    adapters (LoRA), which go into a file of their own. The last `keep` steps stay. Raises OSError (disk full, ...).
     """
     folder = Path(folder)
     target = folder / f"step-{meta['step']:06d}"
     partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for rest in folder.glob(".step-*.partial"):  # of saves that were killed
+        shutil.rmtree(rest)
     partial.mkdir(parents=True)
     try:
-        torch.save(model.state_dict(), partial / "model.pt")
+        torch.save(model.state_dict() if weights is None else weights, partial / "model.pt")
         if optimizer is not None:
             torch.save(optimizer, partial / "optim.pt")
+        if adapters is not None:
+            torch.save(adapters, partial / "lora.pt")
         if tokenizer_path is not None:
             shutil.copy(tokenizer_path, partial / "tokenizer.model")
             meta = {**meta, "tokenizer_sha256": hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()}
         meta = {**meta, "config": asdict(model.config), "torch": torch.__version__,
                 "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
+        meta["crc32"] = _crc32(meta)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        for file in partial.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+        for file in [*partial.iterdir(), partial]:
+            _to_disk(file)
         replaced = folder / f".{target.name}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():  # the same step again: renaming onto a folder that is not empty fails
@@ -430,11 +485,30 @@ def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: O
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"could not write {target} ({error}); the checkpoints before it are intact") from error
     (folder / ".latest.partial").write_text(target.name)
+    _to_disk(folder / ".latest.partial")
     os.replace(folder / ".latest.partial", folder / "latest")
+    _to_disk(folder)  # a name is safe when its folder is
     others = [step for step in _steps(folder) if step != target]  # a new run in an old folder has the lowest number
     for old in others[:max(0, len(others) + 1 - keep)]:
         shutil.rmtree(old)
     return target
+
+
+def _to_disk(path: Path) -> None:
+    """Until this, what was written may exist in memory alone, and be lost with the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(meta: dict) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
+
+
+# what stands in published folders: Meta's, Hugging Face's, and MiniGPT-4's downloads
+PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -444,7 +518,7 @@ def _steps(folder: Path) -> list[Path]:
 def find(folder) -> Path:
     """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
     folder = Path(folder)
-    if (folder / "model.pt").exists():
+    if any((folder / mark).exists() for mark in ("model.pt", *PUBLISHED)):
         return folder
     if (folder / "latest").exists():
         named = folder / (folder / "latest").read_text().strip()
@@ -457,29 +531,129 @@ def find(folder) -> Path:
                   "; `python train_sft.py` trains one in minutes"))
 
 
-def read(path: Path) -> dict:
-    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them)."""
+def history(folder) -> list[Path]:
+    """The step folders of a run, the newest first."""
+    newest = find(folder)
+    return [newest] + [step for step in reversed(_steps(Path(folder))) if step != newest]
+
+
+def read(path: Path, mmap: bool = False) -> dict:
+    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them).
+
+    With mmap, processes on one machine share the file's pages, and memory is taken for what they touch only.
+    """
     try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip() or next((part.filename for part in z.infolist() if part.external_attr & 16), None)
         if damaged:
             raise Problem(f"{path} is damaged (checksum of {damaged} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile,
             pickle.UnpicklingError) as error:
         raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
 
 
-def load(folder) -> tuple[LLaMA, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict."""
-    step = find(folder)
+def fingerprint(folder) -> str:
+    """Tells two trainings apart by the checksums inside model.pt, without reading the weights."""
+    with zipfile.ZipFile(find(folder) / "model.pt") as z:
+        return f"{zlib.crc32(repr([part.CRC for part in z.infolist()]).encode()):08x}"
+
+
+def read_meta(step: Path) -> dict:
+    """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
+    tokenizer = step / "tokenizer.model"
     try:
         meta = json.loads((step / "meta.json").read_text())
+        if meta.get("crc32", (right := _crc32(meta))) != right:
+            raise ValueError("its checksum is wrong")
     except ValueError as error:
         raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
-    model = LLaMA(LLaMAConfig(**meta["config"]))
-    model.load_state_dict(read(step / "model.pt"))
+    if "tokenizer_sha256" in meta and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
+        raise Problem(f"{tokenizer} is damaged (checksum is wrong)")
+    return meta
+
+
+def peek(folder) -> tuple[LLaMAConfig, Path, dict]:
+    """As load, but the shape of the model instead of the model: no weights are read."""
+    step = find(folder)
+    if not (step / "meta.json").exists():
+        import convert  # only here: the names and formats of others are its business
+        source = convert.open_folder(step)
+        return source.config, source.tokenizer, source.meta
+    meta = read_meta(step)
+    return LLaMAConfig(**meta["config"]), step / "tokenizer.model", meta
+
+
+def load(folder, mmap: bool = False, network: Optional[nn.Module] = None,
+         **options) -> tuple[nn.Module, Path, dict]:
+    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
+
+    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen
+    parts. Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are
+    for convert.load, which reads one tensor at a time.
+    """
+    step = find(folder)
+    if options or not (step / "meta.json").exists():
+        import convert
+        return convert.load(step, **options)
+    meta = read_meta(step)
+    weights = {name: w.float() for name, w in read(step / "model.pt", mmap).items()}
+    if network is None:
+        with torch.device("meta"):  # shapes only: the weights are about to come
+            model = LLaMA(LLaMAConfig(**meta["config"]))
+    else:
+        model, weights = network, {**network.state_dict(), **weights}
+    try:
+        model.load_state_dict(weights, assign=network is None)
+    except RuntimeError as error:
+        raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
+                      + " ".join(str(error).split("\n\t")[1:3])) from None
+    if network is None:
+        model.tie()
     return model.eval(), step / "tokenizer.model", meta
+
+
+# -- the estimator: python model.py --preset=7B --gpus=8 --seq=2048 --batch=4 --------------------------------
+
+GPUS = {"A100-40GB": (40, 312), "A100-80GB": (80, 312), "H100": (80, 989), "H200": (141, 989), "RTX4090": (24, 165)}
+# GB of memory, dense bfloat16 TFLOP/s; from the makers' data sheets
+
+
+def step_flops(config: LLaMAConfig, seq: int, checkpointing: bool = False) -> float:
+    """Of a training step, per token: 2 forward and 4 backward for each weight of a matrix product, 2 more where the
+    forward pass is done again; attention's two products likewise, halved because they are causal."""
+    c, passes = config, 4 if checkpointing else 3
+    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
+    return 2 * passes * c.n_layers * (block + seq * c.dim) + 6 * c.vocab_size * c.dim
+
+
+def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, dtype=torch.bfloat16,
+           checkpointing: bool = False) -> dict[str, float]:
+    """Bytes on each GPU in training with AdamW, fp32 master weights and every token learned; "peak" is what must fit.
+
+    What autograd keeps of a block is counted tensor by tensor, as Block.forward makes them.
+    """
+    c, n, e = config, batch * seq, 2 if dtype == torch.bfloat16 else 4  # n tokens, e bytes of an activation
+    kv, vocab = c.n_kv_heads * c.head_dim, c.vocab_size * c.dim
+    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim + 2 * c.dim
+    total = c.n_layers * block + (1 if c.tied else 2) * vocab + c.dim
+    kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
+                + e * (c.dim + 2 * kv) + 4 * c.n_heads + e * c.dim  # q, k, v; log of the softmax' sum; what wo reads
+                + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
+    activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
+    rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once
+    loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, and the logits'; the rows that are learned
+    if gpus > 1:  # two blocks are whole at a time, and the matrices at both ends; two blocks' gradients wait to be summed
+        copies = e * (2 * block + 2 * vocab) + (e + 4) * 2 * block
+    else:
+        copies = 2 * total if e == 2 else 0  # autocast's copies of the weights
+    parts = dict(weights=4 * total / gpus, gradients=4 * total / gpus, optimizer=8 * total / gpus, copies=copies,
+                 activations=activations, loss=loss)
+    # Gradients come as activations go. The top is at the loss, or where the backward pass enters the last block or
+    # leaves the first; inside a block, gradients of activations and (checkpointing) the block's own come on top.
+    inside = n * e * 3 * c.hidden_dim + (kept if checkpointing else 0)
+    top = max(activations + loss, activations + 4 * vocab / gpus + inside, parts["gradients"] + inside)
+    return dict(parts, peak=parts["weights"] + parts["optimizer"] + copies + top)
 
 
 # -- python model.py -----------------------------------------------------------------------------------------
@@ -488,11 +662,27 @@ def load(folder) -> tuple[LLaMA, Path, dict]:
 class ModelConfig:
     preset: str = ""  # one of the presets; all when not given
     vocab_size: int = 32000  # rows of the embedding
+    gpus: int = 0  # what training takes on so many (FSDP)
+    gpu: Literal["A100-40GB", "A100-80GB", "H100", "H200", "RTX4090"] = "A100-80GB"  # of this kind
+    seq: int = 2048  # tokens in a row
+    batch: int = 1  # rows in one forward pass on one GPU
+    tokens: float = 1.1e9  # to train on: ShareGPT's 370 M three times, as Vicuna did
+    mfu: float = 0.4  # share of the GPU's peak that is reached
+    price: float = 1.5  # dollars per GPU and hour; what Vicuna's published $300 for a day on 8 come to
+
+    def __post_init__(self):
+        for name in ("vocab_size", "seq", "batch", "tokens", "mfu", "price"):
+            if getattr(self, name) <= 0:
+                raise Problem(f"--{name}={getattr(self, name)} must be more than 0")
+        if self.gpus < 0 or self.mfu > 1:
+            raise Problem("--gpus must not be negative, and --mfu at most 1")
+        if self.preset and self.preset not in PRESETS:
+            raise Problem(f"--preset={self.preset}: there are {', '.join(PRESETS)}")
+        if self.gpus and not self.preset:
+            raise Problem(f"--gpus={self.gpus} needs --preset, one of {', '.join(PRESETS)}")
 
 
 def main(cfg: ModelConfig) -> dict:
-    if cfg.preset and cfg.preset not in PRESETS:
-        raise Problem(f"--preset={cfg.preset}: there are {', '.join(PRESETS)}")
     figures = {}
     for name in [cfg.preset] if cfg.preset else PRESETS:
         with torch.device("meta"):  # shapes only: no memory
@@ -501,11 +691,29 @@ def main(cfg: ModelConfig) -> dict:
         c = model.config
         print(f"{name:>6}: {figures[name]:>14,} parameters   dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
               f"feed-forward {c.hidden_dim}")
-        if cfg.preset:
+        if cfg.preset and not cfg.gpus:
             for part, p in model.named_parameters():
                 if not re.match(r"layers\.[1-9]", part):
                     print(f"        {part:<34} {tuple(p.shape)}")
-    return figures
+    return figures | estimate(cfg, c) if cfg.gpus else figures
+
+
+def estimate(cfg: ModelConfig, config: LLaMAConfig) -> dict:
+    """Prints what full fine-tuning takes: memory on each GPU, time, money."""
+    room, peak = GPUS[cfg.gpu]
+    plain, saving = (memory(config, cfg.gpus, cfg.batch, cfg.seq, checkpointing=c) for c in (False, True))
+    print(f"full fine-tuning in bfloat16 on {cfg.gpus} x {cfg.gpu}, {cfg.batch} x {cfg.seq} tokens on each; GB per GPU:\n"
+          f"{'':<26}{'':>12}{'checkpointing':>16}")
+    for part in plain:
+        print(f"{part:>26}{plain[part] / 1e9:>12.1f}{saving[part] / 1e9:>16.1f}")
+    fits = [m["peak"] < 0.95 * room * 1e9 - 1e9 for m in (plain, saving)]  # CUDA takes about 1 GB, fragments the rest
+    print(f"{f'of {room} GB: does it fit?':>26}{'yes' if fits[0] else 'no':>12}{'yes' if fits[1] else 'no':>16}")
+    flops = step_flops(config, cfg.seq)
+    hours = flops * cfg.tokens / (cfg.gpus * peak * 1e12 * cfg.mfu) / 3600
+    print(f"{flops / 1e9:.1f} GFLOP per token; {cfg.tokens:.3g} tokens at {100 * cfg.mfu:.0f}% of {peak} TFLOP/s: "
+          f"{hours:.1f} hours, ${hours * cfg.gpus * cfg.price:.0f} at ${cfg.price} per GPU and hour")
+    return dict(peak=plain["peak"], peak_checkpointing=saving["peak"], fits=fits, flops=flops, hours=hours,
+                dollars=hours * cfg.gpus * cfg.price)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python sample.py --ckpt=out/alpaca --temperature=0.7
     python sample.py --prompt="Who are you?"        # one answer, then exit
     cat questions.txt | python sample.py            # one message a line, answers on standard output
+    python sample.py --ckpt=out/minigpt4 --image=photo.jpg   # about a picture
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
 
-In the chat: /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer and keeps the chat.
+In the chat: /image FILE /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer and keeps the chat.
 What was read once stays in the KV cache: a new turn costs only its own tokens, however long the chat is.
 """
 
@@ -15,19 +16,21 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal, Optional
+from typing import Iterator, Literal, NamedTuple, Optional
 
 import torch
 
 import data
 import model
+import vision
 from config import Problem, run
 
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder; the newest of out/vicuna, out/alpaca, out/base, ... when not given
+    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of ours when not given
     prompt: str = ""  # ask this once and exit
+    image: str = ""  # a picture that the first question is about
     template: str = ""  # the model's own when not given
     max_new_tokens: int = 256  # longest answer
     temperature: float = 0.0  # 0: always the likeliest token; Vicuna's demo used 0.7
@@ -37,6 +40,7 @@ class SampleConfig:
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 from 1 B parameters up
+    quantize: Optional[Literal["q8", "q4"]] = None  # matrices in eight or four bits, llama.cpp's blocks
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -50,63 +54,90 @@ class SampleConfig:
             raise Problem(f"--max_new_tokens={self.max_new_tokens} must be at least 1")
 
 
+class Picture(NamedTuple):
+    path: str
+    number: int  # no two have the same
+    vectors: torch.Tensor  # (Q, C), for as many image slots
+
+
 class Chat:
     """One conversation with a model. The cache holds the tokens of `read`; a turn reads only what is new."""
 
     def __init__(self, net: model.LLaMA, tokenizer: data.Tokenizer, template: str, cfg: SampleConfig):
-        self.net, self.tokenizer, self.template, self.cfg = net, tokenizer, template, cfg
-        weight = net.tok_embeddings.weight
+        self.eyes = net if isinstance(net, vision.MiniGPT4) else None
+        self.net, self.tokenizer, self.template, self.cfg = getattr(net, "llama", net), tokenizer, template, cfg
+        weight = self.net.tok_embeddings.weight
         self.cache = model.KVCache(net.config, 1, None, weight.dtype, weight.device)
-        self.read: list[int] = []
+        self.read: list[int] = []  # ids; below 0: the slots of a picture, by its number
+        self.pictures: list[Picture] = []  # of the turns that have one, in order
+        self.seen = 0  # pictures opened so far
+        self.waiting: Optional[Picture] = None  # for the next question
         self.turns: list[data.Turn] = []
         self.system: Optional[str] = None  # of a loaded chat
         self.speed = ""
 
     def prompt(self) -> list[int]:
         """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
-        turns, room = self.turns, self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
-        while True:
-            tokens = data.render(data.Conversation(turns, system=self.system), self.template, self.tokenizer).tokens
-            if len(tokens) < room or len(turns) < 3:
-                return tokens
-            turns = turns[2:]
+        room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
+        return data.prompt(data.Conversation(self.turns, system=self.system), self.template, self.tokenizer, room)
+
+    @torch.inference_mode()
+    def look(self, path: str) -> None:
+        """The next question is about this picture. Raises Problem when it is none, or the model cannot see."""
+        if not self.eyes:
+            raise Problem("this model cannot see; `python train_vlm.py` gives it eyes (then --ckpt=out/minigpt4)")
+        pixels = vision.load_image(path, self.eyes.vit.config.image_size)
+        weight = self.eyes.llama_proj.weight
+        self.seen += 1
+        self.waiting = Picture(path, self.seen, self.eyes.encode(pixels[None].to(weight.device, weight.dtype)))
 
     def answer(self, text: str, retry: int = 0) -> Iterator[str]:
         """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
-        self.turns.append(data.Turn("user", text))
-        said = ""
+        self.turns.append(data.Turn("user", text, slots=self.eyes.n_queries if self.waiting else 0))
+        said, picture, self.waiting = "", self.waiting, None
+        self.pictures += [picture] if picture else []
         try:
             for said, piece in self._stream(self.prompt(), retry):
                 yield piece
         except Problem:
             self.turns.pop()
+            self.waiting = self.pictures.pop() if picture else None
             raise
         finally:
             if self.turns and self.turns[-1].role == "user":
                 self.turns.append(data.Turn("assistant", said))
 
     def _stream(self, prompt: list[int], retry: int) -> Iterator[tuple[str, str]]:
+        # which picture fills which slot: the oldest rounds, and their pictures, may have been left out
+        n = self.eyes.n_queries if self.eyes else 1
+        shown = self.pictures[len(self.pictures) - prompt.count(model.IMAGE_SLOT) // n:]
+        number = iter([-p.number for p in shown for _ in range(n)])
+        marks = [next(number) if t == model.IMAGE_SLOT else t for t in prompt]
         same = 0  # how much of the prompt the cache holds; the last token is read again to get its logits
-        while same < min(len(prompt) - 1, len(self.read)) and prompt[same] == self.read[same]:
+        while same < min(len(prompt) - 1, len(self.read)) and marks[same] == self.read[same]:
             same += 1
         self.cache.truncate(same)
-        self.read = list(prompt)
+        self.read = list(marks)
+        images = torch.cat([p.vectors for p in shown])[sum(t < 0 for t in marks[:same]):] if shown else None
         cfg, ids, said, start = self.cfg, [], "", time.perf_counter()
         temperature = max(cfg.temperature, 0.7) if retry else cfg.temperature  # the same answer again is no use
         try:
             for (i,) in self.net.generate([prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
                                           cfg.repetition_penalty, (self.tokenizer.eos,), cfg.seed + retry,
-                                          cache=self.cache):
+                                          images, self.cache):
                 ids.append(i)
                 if i == self.tokenizer.eos:
                     break
                 text = self.tokenizer.decode(ids, data.get_template(self.template).glued)
+                text, ended = data.said(text, self.template, complete=False)
                 if text.endswith("\ufffd"):  # a character whose last bytes are still to come
                     continue
                 yield text, text[len(said):]
                 said = text
+                if ended:  # an end that is text: ### of Vicuna v0
+                    break
         finally:
-            self.read = (prompt + ids)[:self.cache.length]
+            self.read = (marks + ids)[:self.cache.length]
             seconds = time.perf_counter() - start
             self.speed = (f"{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.0f} tok/s, {len(prompt) - same} of "
                           f"{len(prompt)} prompt tokens read")
@@ -115,22 +146,35 @@ class Chat:
         """Takes the last round back; returns what was asked."""
         if not self.turns:
             raise Problem("nothing to take back yet")
-        asked = self.turns[-2].text
+        asked = self.turns[-2]
         del self.turns[-2:]
-        return asked
+        if asked.slots:
+            self.waiting = self.pictures.pop()
+        return asked.text
+
+    def reset(self) -> None:
+        self.turns, self.system, self.pictures, self.waiting = [], None, [], None
 
     def save(self, path: str) -> None:
-        messages = [{"from": "system", "value": self.system}] if self.system else []
+        messages, paths = [{"from": "system", "value": self.system}] if self.system else [], iter(
+            str(Path(p.path).resolve()) for p in self.pictures)
         for asked, reply in zip(self.turns[::2], self.turns[1::2]):
             if reply.text.strip():  # a loader would cut the chat at an empty message
                 text = asked.text + ("\n" + asked.input if asked.input else "")
                 messages += [{"from": "human", "value": text}, {"from": "gpt", "value": reply.text}]
-        text = json.dumps([dict(id="chat", conversations=messages)], indent=1, ensure_ascii=False)
+        record = dict(id="chat", conversations=messages)
+        if self.pictures:
+            record["images"] = [[i // 2, next(paths)] for i, turn in enumerate(self.turns) if turn.slots]
+        text = json.dumps([record], indent=1, ensure_ascii=False)
         Path(path).write_text(text, encoding="utf-8")
 
     def load(self, path: str) -> None:
-        chat = data.load_conversations(path)[0]
-        self.turns, self.system = chat.turns, chat.system
+        chat, opened = data.load_conversations(path)[0], []
+        for turn, image in chat.extra.get("images", []):
+            self.look(image)
+            opened.append(self.waiting)
+            chat.turns[2 * turn] = chat.turns[2 * turn]._replace(slots=self.eyes.n_queries)
+        self.turns, self.system, self.pictures, self.waiting = chat.turns, chat.system, opened, None
 
 
 def newest(out: Path = Path("out")) -> Path:
@@ -155,15 +199,22 @@ def newest(out: Path = Path("out")) -> Path:
 
 
 def open_chat(cfg: SampleConfig) -> Chat:
-    net, tokenizer_path, meta = model.load(cfg.ckpt or newest())
+    folder = cfg.ckpt or newest()
+    if cfg.image and not cfg.ckpt and (Path("out/minigpt4") / "latest").exists():
+        folder = "out/minigpt4"
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    large = sum(p.numel() for p in net.parameters()) > 1e9
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and large) else torch.float32
+    meta = model.find(folder) / "meta.json"
+    if meta.exists() and "vision" in json.loads(meta.read_text()).get("settings", {}):
+        net, tokenizer_path, meta = vision.load(folder)
+        net = net.to(device)
+    else:
+        dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
+        net, tokenizer_path, meta = model.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
-    return Chat(net.to(device, dtype), data.Tokenizer(tokenizer_path), template, cfg)
+    return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
 
 
 def say(chat: Chat, text: str, retry: int = 0) -> None:
@@ -185,8 +236,11 @@ def command(chat: Chat, line: str) -> bool:
         return False
     try:
         if word == "/reset":
-            chat.turns, chat.system = [], None
+            chat.reset()
             print("(a new chat)")
+        elif word == "/image" and rest:
+            chat.look(rest)
+            print("(the next question is about this picture)")
         elif word == "/undo":
             print(f"(took back: {chat.undo()})")
         elif word == "/retry":
@@ -200,7 +254,7 @@ def command(chat: Chat, line: str) -> bool:
             for turn in chat.turns:
                 print(("> " if turn.role == "user" else "") + turn.text)
         else:
-            print("/reset  /undo  /retry  /save FILE  /load FILE  /quit")
+            print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
     except (Problem, OSError) as problem:
         print(f"({problem})")
     return True
@@ -208,6 +262,8 @@ def command(chat: Chat, line: str) -> bool:
 
 def main(cfg: SampleConfig) -> dict:
     chat = open_chat(cfg)
+    if cfg.image:
+        chat.look(cfg.image)
     if cfg.prompt:
         say(chat, cfg.prompt)
         return dict(rounds=1, speed=chat.speed)
@@ -219,8 +275,8 @@ def main(cfg: SampleConfig) -> dict:
             import readline  # noqa: F401  arrow keys and history, where Python has it
         except ImportError:
             pass
-        print(f"{sum(p.numel() for p in chat.net.parameters()) / 1e6:.1f} M parameters, template {chat.template}. "
-              "/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
+        print(f"{model.count(chat.net.config) / 1e6:.1f} M parameters, template {chat.template}. "
+              f"{'/image ' if chat.eyes else ''}/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
     while True:
         try:
             line = input("> ") if interactive else sys.stdin.readline()

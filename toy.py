@@ -2,29 +2,35 @@
 
     python toy.py                 # look at it: a page of each kind of text, questions with their answers
     python toy.py --split=pairs   # questions of one held-out split
+    python toy.py --album=out/album --count=20   # pictures of scenes, with captions
 
 Scenes of coloured shapes, a hundred people with facts, sizes of animals, sums, code, stories. Three kinds of text
 come from it: plain text (pre-training), single-turn instructions with terse answers (as Alpaca's), and
 conversations with full answers (as ShareGPT's). What the splits hold out was never in any of them:
   scenes    combinations of objects                      pairs     a colour on a shape ("pink cross")
   phrasings ways to ask                                  names     names of people, words defined in the chat
-  more      four objects, more turns than trained        minimal   the same scene twice, one attribute edited
+  more      three objects, more turns than trained       minimal   the same scene twice, one attribute edited
 Facts about people stand in plain text for everybody; questions are trained for half of them, tested for the others.
 The oracle, `grade`, reads an answer and says how much of the truth is in it.
 """
 
+import json
 import random
 import re
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Optional
+from pathlib import Path
+from typing import Literal, NamedTuple, Optional, Sequence
+
+import numpy as np
+from PIL import Image
 
 from config import run
 
 SIZES = ("small", "large")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
-PLACES = ("top left", "top right", "bottom left", "bottom right", "middle")
+PLACES = ("top", "left", "middle", "right", "bottom")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 HELD_PAIRS = {(color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS)}  # 10 of the 80
 
@@ -66,9 +72,9 @@ NEW_NONSENSE = ("snark", "vex", "tuz", "glim", "yop", "frim")
 
 
 def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None) -> Scene:
-    """A scene that belongs to the split: "train", "scenes", "pairs" (holds a held-out pair), or "more" (4 objects)."""
+    """A scene that belongs to the split: "train", "scenes", "pairs" (holds a held-out pair), or "more" (3 objects)."""
     while True:
-        count = n or (4 if split == "more" else rng.choice((1, 2, 2, 2, 3)))
+        count = n or (3 if split == "more" else rng.choice((1, 2, 2, 2)))
         places = sorted(rng.sample(range(len(PLACES)), count))
         scene = tuple(Object(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[p]) for p in places)
         if split == "pairs" and not any((o.color, o.shape) in HELD_PAIRS for o in scene):
@@ -82,7 +88,7 @@ def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None
 def where_belongs(scene: Scene) -> str:
     if any((o.color, o.shape) in HELD_PAIRS for o in scene):
         return "pairs"
-    if len(scene) > 3:
+    if len(scene) > 2:
         return "more"
     return "scenes" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
 
@@ -90,7 +96,7 @@ def where_belongs(scene: Scene) -> str:
 # -- scenes in words -----------------------------------------------------------------------------------------
 
 def at(place: str) -> str:
-    return ("in the " if place == "middle" else "at the ") + place
+    return {"middle": "in the ", "left": "on the ", "right": "on the "}.get(place, "at the ") + place
 
 
 def thing(o: Object) -> str:
@@ -117,12 +123,10 @@ STATEMENTS = (  # how one object may be put; a scene uses one form throughout, o
     lambda o: f"There is a {thing(o)} {at(o.place)}.",
     lambda o: f"{cap(at(o.place))} there is a {thing(o)}.",
     lambda o: f"A {thing(o)} is {at(o.place)}.",
+    lambda o: f"{cap(at(o.place))} you see a {thing(o)}.",
     lambda o: f"The {o.shape} {at(o.place)} is {o.size} and {o.color}.",
-    lambda o: f"{cap(at(o.place))} you see a {o.shape}, {o.color} and {o.size}.",
-    lambda o: f"{cap(an(o.color))} {o.shape} of {o.size} size sits {at(o.place)}.",
     lambda o: f"{cap(o.place)}: {thing(o)}.",
     lambda o: f"{cap(thing(o))}, {o.place}.",
-    lambda o: f"{cap(o.size)} and {o.color}, a {o.shape} is {at(o.place)}.",
 )
 
 
@@ -130,14 +134,14 @@ def tell(scene: Scene, rng: random.Random) -> str:
     """The scene in words: one of many orders and phrasings."""
     objects = rng.sample(scene, len(scene))
     style = rng.random()
-    if style < 0.25:
+    if style < 0.65:
         opening = rng.choice(("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is "))
         return opening + join([f"a {thing(o)} {at(o.place)}" for o in objects]) + "."
-    if style < 0.35:  # bare symbols, in any order but the same for all objects
+    if style < 0.7:  # bare symbols, in any order but the same for all objects
         order = rng.sample(range(4), 4)
         return " ; ".join(" ".join(o[k] for k in order) for o in objects) + " ."
     form = rng.choice(STATEMENTS)
-    return " ".join((form if style < 0.75 else rng.choice(STATEMENTS))(o) for o in objects)
+    return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in objects)
 
 
 def refer(o: Object, scene: Scene) -> Optional[str]:
@@ -148,6 +152,99 @@ def refer(o: Object, scene: Scene) -> Optional[str]:
     if sum(x.color == o.color for x in same) == 1:
         return f"{o.color} {o.shape}"
     return thing(o) if sum(x.size == o.size and x.color == o.color for x in same) == 1 else None
+
+
+# -- scenes in pictures --------------------------------------------------------------------------------------
+
+RGB = {"red": (215, 40, 40), "green": (45, 150, 60), "blue": (50, 80, 220), "yellow": (245, 220, 50),
+       "purple": (130, 45, 175), "orange": (245, 135, 25), "pink": (250, 160, 195), "white": (245, 245, 245),
+       "brown": (140, 85, 40), "cyan": (70, 210, 220)}
+CENTERS = {"top": (0.5, 0.17), "left": (0.17, 0.5), "middle": (0.5, 0.5), "right": (0.83, 0.5),
+           "bottom": (0.5, 0.83)}  # x, y as shares of the side
+RADIUS = {"small": 0.1, "large": 0.165}
+STAR = np.array([[np.sin(2 * np.pi * k / 5), -np.cos(2 * np.pi * k / 5)] for k in range(5)])  # where its tips point
+
+
+def outside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How far a point lies outside a shape of radius 1 around the origin; negative inside. y points down."""
+    r = np.hypot(x, y)
+    if shape == "circle":
+        return r - 0.95
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.85
+    if shape == "triangle":
+        return np.maximum(y, 0.87 * abs(x) - 0.5 * y) - 0.55
+    if shape == "diamond":
+        return 0.8 * abs(x) + 0.6 * abs(y) - 0.64
+    if shape == "star":  # inside all of five half-planes but one at most
+        return np.partition(np.tensordot(-STAR, np.stack((x, y)), 1), 3, axis=0)[3] - 0.36
+    if shape == "cross":
+        return np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.maximum(abs(x), abs(y)) - 0.95)
+    if shape == "ring":
+        return abs(r - 0.75) - 0.22
+    return np.maximum(r - 1, 0.8 - np.hypot(x - 0.55, y))  # moon
+
+
+def draw(scene: Scene, rng: random.Random, size: int = 48) -> np.ndarray:
+    """The scene as a picture, uint8 (size, size, 3), each time on another ground, a little moved, turned, noisy."""
+    dice = np.random.default_rng(rng.getrandbits(64))
+    at = np.arange(size, dtype=np.float32) + 0.5  # middles of the pixels
+    tint, slope = dice.uniform(15, 75) + dice.uniform(-12, 12, 3), dice.uniform(-25, 25, 2)
+    shade = slope[0] * (at / size - 0.5) + slope[1] * (at[:, None] / size - 0.5)
+    picture = (shade[..., None] + tint).astype(np.float32)  # (size, size, 3)
+    for o in scene:
+        radius = size * RADIUS[o.size] * dice.uniform(0.93, 1.07)
+        middle = size * (np.array(CENTERS[o.place]) + dice.uniform(-0.025, 0.025, 2))
+        columns, rows = (slice(max(0, int(m - 1.4 * radius)), int(m + 1.4 * radius) + 2) for m in middle)
+        x, y = (at[columns] - middle[0]) / radius, (at[rows, None] - middle[1]) / radius
+        turn = dice.uniform(-0.15, 0.15)
+        edge = outside(o.shape, np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x)
+        cover = np.clip(0.5 - edge * radius, 0, 1)[..., None]  # of each pixel, so that edges are smooth
+        color = RGB[o.color] + dice.uniform(-12, 12, 3)
+        picture[rows, columns] += cover * (color - picture[rows, columns])
+    picture = picture * dice.uniform(0.92, 1.05) + 4 * dice.standard_normal(picture.shape, np.float32)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+def alt_text(scene: Scene, rng: random.Random) -> str:
+    """What stands beside pictures on web pages: short, incomplete, sometimes wrong or cut off, never a sentence."""
+    words = []
+    for o in rng.sample(scene, len(scene)):
+        if words and rng.random() < 0.15:  # not everything is mentioned
+            continue
+        if rng.random() < 0.1:  # an error, but never a held-out pair
+            kind = rng.choice(("size", "color", "shape", "place"))
+            wrong = o._replace(**{kind: rng.choice(dict(size=SIZES, color=COLORS, shape=SHAPES, place=PLACES)[kind])})
+            o = o if (wrong.color, wrong.shape) in HELD_PAIRS else wrong
+        words += [rng.choice((",", "and"))] if words else []
+        words += [o.size] * (rng.random() < 0.8) + [o.color] * (rng.random() < 0.95) + [o.shape]
+        words += [rng.choice((o.place, at(o.place)))] * (rng.random() < 0.75)
+    text = " ".join(words).replace(" ,", ",")
+    if rng.random() < 0.05:
+        text = text[:rng.randint(len(text) // 2, len(text))]
+    return rng.choice(("{}", "{}", "{}", "{}", "photo of {}", "{} picture", "{} free download", "image: {}")).format(text)
+
+
+_LOOSE = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\W* (?:(?:at|in|on) the )?"
+                    rf"({'|'.join(PLACES)})\b")
+
+
+def mend(text: str) -> str:
+    """What a repairer makes of a description without seeing the picture: objects that are told completely, each once,
+    in one good sentence; what breaks off or says nothing is left out. "INCOMPLETE" when nothing remains."""
+    objects = {found[3]: Object(*found) for found in reversed(_LOOSE.findall(" ".join(text.lower().split())))}
+    objects = sorted(objects.values(), key=lambda o: PLACES.index(o.place))
+    return f"There is {caption(tuple(objects))}." if objects else "INCOMPLETE"
+
+
+def write_album(folder, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Pictures with captions in MiniGPT-4's layout: image/ID.png, and filter_cap.json with an annotation for each."""
+    folder = Path(folder)
+    (folder / "image").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / "image" / f"{i}.png")
+    annotations = [dict(image_id=str(i), caption=text) for i, text in enumerate(captions)]
+    (folder / "filter_cap.json").write_text(json.dumps(dict(annotations=annotations), indent=0))
 
 
 # -- questions -----------------------------------------------------------------------------------------------
@@ -197,11 +294,11 @@ ASK = {
                  "What is in the scene?", "List all the objects.", "Give me a description of it all.",
                  "Which things are there, and where?",
                  "Say it all again in your own words.", "Go through everything that is there."),
-    "gone": ("If the {ref} were gone, what would be left?", "Take away the {ref}. What remains?",
-             "What would be left without the {ref}?", "Imagine the {ref} is gone. What is left?",
-             "Suppose someone takes the {ref}. What is left?", "If I remove the {ref}, what do I still see?",
+    "gone": ("If the {ref} were gone, what would remain?", "Take away the {ref}. What remains?",
+             "What would remain without the {ref}?", "Imagine the {ref} is gone. What is still there?",
+             "Suppose someone takes the {ref}. What remains?", "If I remove the {ref}, what do I still see?",
              "What remains if the {ref} goes away?", "Without the {ref}, what is there?",
-             "The {ref} disappears. What stays?", "Say what is left if the {ref} is taken away."),
+             "The {ref} disappears. What stays?", "Say what is still there if the {ref} is taken away."),
     "paint": ("If the {ref} were {new}, what would be {at}?", "Imagine the {ref} is {new}. What is {at}?",
               "Suppose the {ref} turns {new}. What is {at}?", "Paint the {ref} {new}. What is {at} now?",
               "What would be {at} if the {ref} were {new}?", "I paint the {ref} {new}. What do I see {at}?",
@@ -335,7 +432,7 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
     if kind == "gone":
         rest = tuple(x for x in scene if x is not o)
         text = caption(rest) if rest else "nothing"
-        return q(f"Without the {ref}, {text} would be left.", cap(text) + ".",
+        return q(f"Without the {ref}, {text} would remain.", cap(text) + ".",
                  {"objects": set(rest), **({} if rest else {"yesno": {"no"}})}, ref=ref)
     if kind == "paint":
         new_color = rng.choice([c for c in COLORS if c != o.color and (c, o.shape) not in HELD_PAIRS])
@@ -407,8 +504,8 @@ OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
 def document(rng: random.Random) -> str:
     """A paragraph of plain text, for pre-training. No questions, no roles."""
     style = rng.random()
-    if style < 0.2:
-        return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 4)))
+    if style < 0.15:
+        return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 5)))
     if style < 0.26:
         lines = []
         while len(lines) < 4:
@@ -438,13 +535,17 @@ def document(rng: random.Random) -> str:
             f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
     scene = pick_scene(rng)
     lines = [tell(scene, rng)]
-    for _ in range(rng.randint(3, 6)):
-        kind = rng.choice(("color", "shape", "size", "where", "at", "count", "tell", "tell", "gone", "draw", "paint", "be",
-                           "story"))
-        if kind == "tell":
-            lines.append(tell(scene, rng))
-        elif q := ask_scene(kind, scene, rng):
-            lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
+    while len(lines) < 7:
+        if rng.random() < 0.15:  # what people say between two things, so that facts are known in any company
+            lines.append(fact(rng.choice(PEOPLE), rng))
+        kind = rng.choice(("color", "size", "shape", "where", "where", "where", "at", "at", "at", "describe", "describe",
+                           rng.choice(("count", "gone", "paint", "draw", "be", "story"))))
+        if q := ask_scene(kind, scene, rng):
+            o = rng.choice(scene)
+            if kind == "at":
+                lines.append(f"{cap(at(o.place))} there is a {thing(o)}.")
+            else:
+                lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
     return " ".join(lines)
 
 
@@ -498,7 +599,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
     """A conversation of some rounds with full answers, up to its last question."""
     new_words, new_forms = split == "names", split == "phrasings"
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
-    rounds = rounds or rng.randint(2, 4)
+    rounds = rounds or rng.randint(2, 5)
     turns, told, name, word, said, focus = [], "", None, None, [], None
     target = next((o for o in scene if (o.color, o.shape) in HELD_PAIRS), None) if split == "pairs" else None
     while True:
@@ -527,7 +628,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             if word is None and ref and not final:
                 word = (rng.choice(NEW_NONSENSE if new_words else NONSENSE), o)
                 said.append(text := rng.choice(NAMING).format(ref, word[0]))
-                turns += [["user", text], ["assistant", f"All right, the {ref} is a {word[0]}."]]
+                turns += [["user", text], ["assistant", f"Good, the {ref} is a {word[0]}."]]
                 continue
             if word:
                 o = word[1]
@@ -585,7 +686,7 @@ def conversation(rng: random.Random) -> dict:
 
 # -- the oracle ----------------------------------------------------------------------------------------------
 
-_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in) the ({'|'.join(PLACES)})")
+_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in|on) the ({'|'.join(PLACES)})")
 _LISTS = dict(color=COLORS, shape=SHAPES, size=SIZES, place=PLACES, town=TOWNS, job=JOBS)
 
 
@@ -620,7 +721,7 @@ def grade(question: Question, answer: str) -> float:
 def minimal_pair(rng: random.Random) -> list[Item]:
     """The same question about the same scene, told in the same words, before and after one colour or size is edited."""
     while True:
-        kind, scene = rng.choice(("color", "size")), pick_scene(rng, "scenes", rng.choice((2, 3)))
+        kind, scene = rng.choice(("color", "size")), pick_scene(rng, "scenes", 2)
         o = rng.choice(scene)
         edited = o._replace(**{kind: rng.choice([v for v in _LISTS[kind] if v != getattr(o, kind)])})
         pair = [(scene, o), (tuple(edited if x is o else x for x in scene), edited)]
@@ -658,10 +759,17 @@ class ToyConfig:
     split: Literal["train", "scenes", "pairs", "later", "facts", "closed", "phrasings", "names", "more", "minimal"] = "train"  # whose questions
     count: int = 5  # of each kind of text
     seed: int = 0  # which ones
+    album: str = ""  # a folder to write pictures of scenes to, with captions
 
 
 def main(cfg: ToyConfig) -> dict:
     rng = random.Random(cfg.seed)
+    if cfg.album:
+        split = cfg.split if cfg.split in ("scenes", "pairs", "more") else "train"
+        scenes = [pick_scene(rng, split) for _ in range(cfg.count)]
+        write_album(cfg.album, [draw(s, rng, 192) for s in scenes], [cap(caption(s)) + "." for s in scenes])
+        print(f"{cfg.count} pictures of split {split} with captions: {cfg.album}")
+        return dict(pictures=cfg.count)
     if cfg.split == "train":
         for title, make in (("plain text", document), ("instructions", instruction), ("conversations", conversation)):
             print(f"\n--- {title}")

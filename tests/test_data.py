@@ -231,14 +231,14 @@ def test_sharegpt_by_content(tmp_path, content):
     """Names say little about what is inside."""
     for name in ("a.json", "b.jsonl", "c.gz", "d.txt"):
         (file := tmp_path / name).write_bytes(content)
-        found = data.load_conversations(file, report := Counter())
+        found = data.load_conversations(file, report := data.Report())
         assert [c.turns for c in found] == [conversation(*ASKED).turns] * len(found) and len(found) in (1, 2)
         assert [c.id for c in found] == ["c0", "c1"][:len(found)] and not report
 
 
 def load(tmp_path, records) -> tuple:
     (file := tmp_path / "file").write_bytes(in_lines(records))
-    report = Counter()
+    report = data.Report()
     return data.load_conversations(file, report), report
 
 
@@ -261,7 +261,7 @@ def test_alpaca(tmp_path):
 def test_plain_text_is_not_json(tmp_path):
     for text in ("Once there was a cat.", "[Scene 1. A castle.]\nEnter KING", '"Yes," she said.', "[1] A."):
         (file := tmp_path / "story.json").write_text(text)
-        assert data.read_records(file) is None and data.kind_of(None, file) == "text"
+        assert data.kind_of(file) == "text"
         with pytest.raises(config.Problem, match="plain text"):
             data.load_conversations(file)
 
@@ -273,15 +273,15 @@ STRANGERS = [{"conversations": [{"from": "alien", "value": "Hm."}, {"from": "gpt
 @pytest.mark.parametrize("content, message", [
     (None, "no such file"), ("folder", "is a folder"), (b"", "is empty"), (b" \r\n\t", "is empty"),
     (b"\xef\xbb\xbf", "is empty"), (gzip.compress(b""), "is empty"), (gzip.compress(b"[{}]")[:-9], "gzip"),
-    (b'{"text": "caf\xe9"}', "not UTF-8 text (byte 13)"), (json.dumps(RECORDS).encode("utf-16"), "not UTF-8"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 text (line 1)"), (json.dumps(RECORDS).encode("utf-16"), "not UTF-8"),
     (b'[\n{"conversations": []},\n{"conversations": oops}\n]', "broken JSON at line 3"),
     (b'[\n{"conversations": []}\n', "broken JSON at line 3"),
     (b'{"conversations": []}\n\n{"conversations": [}\n', "broken JSON at line 3"),
     (in_lines(RECORDS)[:-9], "broken JSON at line 2"),
     (b'[{"a": 1, "b": 2}]', "it has a, b"), (b"[]", "no objects"),
     (in_lines(ONE_SIDED), "no reply"), (in_lines(STRANGERS), "unknown role"),
-    (in_lines([dict(instruction="Go.", output="")] * 3), "none of 3 records"),
-    (b'{"conversations": "oops"}', "none of 1 records")], ids=lambda x: x if isinstance(x, str) else "")
+    (in_lines([dict(instruction="Go.", output="")] * 3), "dropped: no output: 3"),
+    (b'{"conversations": "oops"}', "no list of messages: 1")], ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_files(tmp_path, content, message):
     """One line that names the file and says what is wrong with it."""
     file = tmp_path / "people.json"
@@ -337,9 +337,11 @@ def test_every_record_is_returned_or_counted(tmp_path):
 def test_half_a_character(tmp_path, tokenizer):
     """Text cut in the middle of an emoji: JSON can spell the half, UTF-8 cannot. One such record among ten
     thousand must not end the training."""
-    (file := tmp_path / "file").write_text(json.dumps([{"conversations": [
-        {"from": "human", "value": "cut \ud83d"}, {"from": "gpt", "value": "whole 🙂"}]}]))
-    (found,) = data.load_conversations(file)
+    record = json.dumps({"conversations": [{"from": "human", "value": "cut \ud83d"}, {"from": "gpt", "value": "whole 🙂"}]})
+    (file := tmp_path / "file").write_text(f"{record}\n{json.dumps(record)}")  # the second is JSON within JSON
+    found, again = data.load_conversations(file, report := data.Report())
+    assert found.turns == again.turns and found.turns[0].text == "cut ?"
+    assert report["mended: half a character became a question mark"] == 2
     example = data.render(found, "plain", tokenizer)
     assert learned(tokenizer, example, "plain") == ["whole 🙂</s>"]
 

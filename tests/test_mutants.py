@@ -1,7 +1,7 @@
 """Tests that are known to bite: with each of these bugs planted, the named test must turn red.
 
 A bug is (what it is, exact source text, replacement, test), listed under its file. The text must stand in the
-file exactly once. The test is in tests/test_<file>, and must fail by an assertion of its own, since a bug
+file exactly once. The test is in tests/test_<file> unless it names another, and must fail by an assertion of its own, since a bug
 that merely breaks the import proves nothing. To add a bug, add a line.
 
     pytest tests/test_mutants.py -k causal
@@ -91,7 +91,7 @@ MODEL = [
      "math.ceil(8 * self.dim / 3 / 256)", "(8 * self.dim // 3 // 256)",
      "test_published_sizes"),
     ("tied only in name",
-     "if config.tied:", "if False:",
+     "if self.config.tied:", "if False:",
      "test_save_and_load"),
 
     # attention
@@ -172,7 +172,7 @@ MODEL = [
 DATA = [
     # who learns what
     ("prompt supervised",
-     "t.glued and i > 0), False)", "t.glued and i > 0), True)",
+     "goes_on and i + k > 0), False)", "goes_on and i + k > 0), True)",
      "test_only_replies_are_learned"),
     ("</s> not supervised",
      "add([tokenizer.eos], True)", "add([tokenizer.eos], False)",
@@ -188,16 +188,16 @@ DATA = [
      "tokenizer.encode(turn.text, t.glued)", "tokenizer.encode(turn.text)",
      "test_string"),
     ("a space before a glued question",
-     "t.glued and i > 0)", "False)",
+     "goes_on and i + k > 0)", "False)",
      "test_string"),
     ("no space after </s> in Vicuna",
-     "t.glued and i > 0)", "i > 0)",
+     "goes_on and i + k > 0)", "i + k > 0)",
      "test_ids"),
     ("continuation is ignored",
      'ids = self.sp.encode("\\n" + text)', "return self.sp.encode(text)",
      "test_continuation_adds_no_space"),
     ("normalised text",
-     '"identity"', '"nfkc"',
+     'normalization_rule_name="identity"', 'normalization_rule_name="nfkc"',
      "test_round_trip"),
 
     # rows
@@ -220,8 +220,31 @@ DATA = [
 
     # files
     ("a repair is not counted",
-     'report["mended: joined two messages of one speaker"] += 1\n', "pass\n",
+     'done.append("mended: joined two messages of one speaker")\n', "pass\n",
      "test_mended_conversations"),
+    ("a record that is cut off is skipped",
+     "fail(error.msg, error.pos)", "return",
+     "test_data_files.py::test_bad_file"),
+    ("unranked replies count among rivals",
+     'alone and rank(r) == float("inf")', 'rank(r) == float("inf")',
+     "test_data_files.py::test_paths_through_a_tree"),
+    ("the cache does not know its tokenizer",
+     "digest(tokenizer.path), digest(__file__)", "digest(__file__)",
+     "test_data_recipes.py::test_a_large_file_is_tokenised_once"),
+
+    # recipes
+    ("an end in mid-sentence is learned",
+     'if conversation.extra.get("cut") and', "if False and",
+     "test_data_files.py::test_bad_input"),
+    ("a long prompt cuts its neighbour's reply",
+     "if len(prompts[i]) + max_new_tokens <= limit]", "]",
+     "test_data_recipes.py::test_asking_near_the_end_of_the_context"),
+    ("the last round is lost",
+     "pieces.append(c.turns[2 * begin:])\n", "pieces = pieces or [c.turns]\n",
+     "test_data_recipes.py::test_splitting_loses_no_round"),
+    ("Markdown is taken for HTML the second time",
+     'c = replace(c, extra={**c.extra, "format": "markdown"})', "pass",
+     "test_data_recipes.py::test_cleaning_twice_changes_nothing_more"),
 ]
 
 SAMPLE = [
@@ -239,8 +262,72 @@ SAMPLE = [
      "test_streaming_is_utf8"),
 ]
 
-BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE}.items()
-        for bug in bugs]
+VISION = [
+    # five that read well and see wrong
+    ("class token dropped",
+     "x = torch.cat((self.cls_token.expand(len(x), -1, -1).type_as(x), x), dim=1)  # (N, 1+P, C)",
+     "x = torch.cat((torch.zeros_like(x[:, :1]), x), dim=1)",
+     "test_equals_golden_values"),
+    ("queries and keys exchanged",
+     "q, k, v = self.qkv(x).chunk(3, dim=-1)", "k, q, v = self.qkv(x).chunk(3, dim=-1)",
+     "test_equals_golden_values"),
+    ("GELU by tanh",
+     "F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")',
+     "test_equals_golden_values"),
+    ("ViT blocks with another eps",
+     "self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)", "self.norm1 = nn.LayerNorm(config.dim)",
+     "test_equals_golden_values"),
+    ("cross-attention in the odd layers",
+     "if layer % config.cross_every == 0:", "if layer % config.cross_every == 1:",
+     "test_equals_golden_values"),
+
+    # more of the network
+    ("ln_vision with the ViT's eps",
+     "nn.LayerNorm(config.vision_dim, 1e-5)", "nn.LayerNorm(config.vision_dim, 1e-6)",
+     "test_equals_golden_values"),
+    ("Q-Former with the ViT's eps",
+     "norm_eps: float = 1e-12", "norm_eps: float = 1e-6",
+     "test_equals_golden_values"),
+    ("queries not normalised",
+     "x = self.norm(self.query_tokens).expand", "x = self.query_tokens.expand",
+     "test_equals_golden_values"),
+    ("the last block used after all",
+     "range(config.n_layers - config.penultimate)", "range(config.n_layers)",
+     "test_equals_golden_values"),
+    ("positions of another grid cut instead of interpolated",
+     "x = x + resize_positions(self.pos_embed, height // side, width // side).type_as(x)",
+     "x = x + self.pos_embed.repeat(1, 9, 1)[:, :x.shape[1]]",
+     "test_equals_golden_values"),
+
+    # what learns
+    ("the Q-Former learns",
+     "for part in (vit, qformer, llama):\n", "for part in (vit, llama):\n",
+     "test_only_the_projection_learns"),
+    ("the Q-Former in training mode",
+     "        self.qformer.eval()\n", "",
+     "test_only_the_projection_learns"),
+
+    # picture files
+    ("hidden colours shown",
+     "image = Image.alpha_composite(Image.new(\"RGBA\", image.size, \"white\"), image)", "pass",
+     "test_transparency_becomes_white"),
+    ("the camera's rotation ignored",
+     "to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)",
+     "test_exif_rotation"),
+    ("16 bits clipped",
+     'white = 65535 if image.mode.startswith("I;16") else next(', "white = 255 if True else next(",
+     "test_16_bits"),
+    ("another filter",
+     "Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR",
+     "test_preprocessing_equals_golden_values"),
+    ("colours in another order",
+     "MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])",
+     "MEAN = torch.tensor([0.40821073, 0.4578275, 0.48145466])",
+     "test_preprocessing_equals_golden_values"),
+]
+
+BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE,
+                                           "vision.py": VISION}.items() for bug in bugs]
 
 
 def run_tests(code: str, file: Path, tests: list[str]) -> tuple[int, str]:
@@ -268,7 +355,7 @@ def start(request):
 
 
 def node(bug: Bug) -> str:
-    return f"tests/test_{bug.file}::{bug.test}"
+    return f"tests/{bug.test}" if "::" in bug.test else f"tests/test_{bug.file}::{bug.test}"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import model
 import toy
 import train_sft
 
-SMALL = dict(vocab_size=400, seq_len=96, batch_size=2, device="cpu", dtype="float32")
+SMALL = dict(vocab_size=400, seq_len=320, batch_size=2, device="cpu", dtype="float32")
 MACHINE = train_sft.Machine("cpu", torch.float32, "test", 1e11)
 
 
@@ -38,7 +38,8 @@ def base(files, tmp_path_factory):
 
 
 def sft(files, base, out, **changes):
-    cfg = dict(stage="sft", data=str(files["vicuna"]), init=str(base), out=str(out), steps=12, **SMALL)
+    # "plain": with a system text in front no reply would begin within 96 tokens, and nothing would be learned
+    cfg = dict(stage="sft", data=str(files["vicuna"]), init=str(base), out=str(out), steps=12, template="plain", **SMALL)
     return train_sft.main(train_sft.SFTConfig(**{**cfg, **changes}))
 
 
@@ -76,10 +77,10 @@ def test_a_second_run_neither_retrains_nor_overwrites(files, base, tmp_path, cap
     before = (model.find(tmp_path / "sharegpt") / "model.pt").stat().st_mtime_ns
     sft(files, base, tmp_path, steps=2)
     assert "trained already" in capsys.readouterr().out
-    with pytest.raises(config.Problem, match="another steps.*2, now 3.*--fresh"):
+    with pytest.raises(config.Problem, match="another steps.*2, now 3.*--resume=never"):
         sft(files, base, tmp_path, steps=3)
     assert (model.find(tmp_path / "sharegpt") / "model.pt").stat().st_mtime_ns == before
-    sft(files, base, tmp_path, steps=3, fresh=True)
+    sft(files, base, tmp_path, steps=3, resume="never")
     assert model.load(tmp_path / "sharegpt")[2]["step"] == 3
 
 
@@ -150,7 +151,7 @@ def test_impossible_values(changes):
 def test_a_base_with_another_tokenizer_is_refused(base, tmp_path):
     other = data.train_tokenizer(["some quite different text to learn pieces from"] * 30, 320, tmp_path / "t.model")
     with pytest.raises(config.Problem, match="another tokenizer"):
-        train_sft.adopt(str(base), other)
+        train_sft.adopt(str(base), other, MACHINE)
 
 
 def test_an_unwritable_folder_is_one_line_and_not_a_traceback(files, base, tmp_path):
@@ -162,7 +163,7 @@ def test_an_unwritable_folder_is_one_line_and_not_a_traceback(files, base, tmp_p
 @pytest.mark.parametrize("kind", ["text", "alpaca", "vicuna"])
 def test_your_own_file_alone_is_enough(files, tmp_path, capsys, kind):
     """--data=FILE: tokenizer and base are chosen, and the choice is printed."""
-    result = train_sft.main(train_sft.SFTConfig(data=str(files[kind]), out=str(tmp_path), steps=2, **SMALL))
+    result = train_sft.main(train_sft.SFTConfig(data=str(files[kind]), out=str(tmp_path), steps=2, **{**SMALL, "seq_len": 512}))
     net, tokenizer, meta = model.load(result["folder"])
     assert meta["finished"] and meta["template"] == {"text": "plain", "alpaca": "alpaca", "vicuna": "vicuna_v1.1"}[kind]
     assert "tokenizer" in capsys.readouterr().out

@@ -1,0 +1,766 @@
+"""MiniGPT-4: a frozen encoder, a frozen language model, and one linear layer between them that learns.
+
+    python train_sft.py && python train_vlm.py     # toy pictures: all stages, then the table
+    python train_vlm.py --fast                     # the same, too short to learn much
+    python train_vlm.py --images=FOLDER            # your pictures: image/ID.jpg and filter_cap.json
+    python train_vlm.py minigpt4-7b --stage=2 --images=cc_sbu_align --init=out/vicuna-7b --vision=out/blip2
+
+Stages, each of them a folder under --out that is trained once and goes on where it was interrupted:
+  vision    0: stands in for the published EVA and BLIP-2 weights. ViT and Q-Former learn to name what they
+            see, by symbols, in an order and in words that are not the captions'. Then both are frozen.
+  align     1: the linear layer learns from short, noisy alt-text; nothing else does.
+  curated   the aligned model describes pictures, a teacher who does not see them repairs it, truth prunes.
+  minigpt4  2: the linear layer learns from the descriptions that are left, with the published instructions.
+References: Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592), sections 3.1 to 3.3; Li et al. 2023, BLIP-2
+(2301.12597).
+"""
+
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+import model
+import teacher
+import toy
+import train_sft
+import vision
+from config import Problem, describe, run
+
+
+@dataclass
+class VLMConfig:
+    stage: Literal["all", "0", "1", "curate", "2"] = "all"  # one of them alone
+    images: str = ""  # folder of pictures with captions; toy pictures when not given
+    init: str = "out/vicuna"  # the language model
+    vision: str = ""  # checkpoint of ViT and Q-Former; stage 0 trains one when not given
+    out: str = "out"  # folder of the run
+    teacher: str = ""  # repairs descriptions: MODEL@URL or a checkpoint; the toy oracle when not given
+    review: bool = False  # accept, edit or drop every curated description yourself
+    steps: int = 0  # of each stage; 0: the preset's
+    batch_size: int = 0  # pictures in an optimizer step; 0: the preset's
+    learning_rate: float = 0.0  # peak; 0: the preset's
+    micro_batch: int = 0  # pictures in one forward pass of one process; 0: all of them
+    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    recipe: Literal["toy", "published"] = "toy"  # numbers of steps, rates and lengths
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the chip is good at it
+    device: str = "auto"  # cuda, mps or cpu
+    seed: int = 0  # of everything
+    save_minutes: float = 5.0  # between checkpoints
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where it stopped; never: train it again
+    fast: bool = False  # toy: fewer steps
+
+
+# Numbers of a stage: what SFTConfig takes, and how many pictures there are to learn from.
+RECIPES = {
+    "toy": {
+        "0": dict(steps=400, batch_size=64, learning_rate=1e-3, min_lr=0.05, weight_decay=0.05),
+        "1": dict(steps=450, batch_size=32, learning_rate=3e-3, seq_len=64, weight_decay=0.05),
+        "2": dict(steps=200, batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)},
+    "published": {  # the originals' configuration files; there, no gradient is clipped
+        "1": dict(steps=20000, batch_size=256, learning_rate=1e-4, warmup=0.25, min_lr=0.8, seq_len=65,
+                  weight_decay=0.05, beta2=0.999, clip=1e9),
+        "2": dict(steps=1000, batch_size=12, learning_rate=3e-5, warmup=0.2, min_lr=1 / 3, seq_len=256,
+                  weight_decay=0.05, beta2=0.999, clip=1e9)}}
+PRESETS = {"minigpt4-7b": dict(recipe="published", init="out/vicuna-7b", vision="out/blip2"),
+           "minigpt4-13b": dict(recipe="published", init="out/vicuna-13b", vision="out/blip2")}
+TOY = dict(alt=4000, curate=400, questions=100)
+FAST = dict(alt=300, curate=40, questions=10)
+
+# Instructions of stage 2 and the curation's request are the published ones: weights depend on them.
+INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
+                "Please provide a detailed description of the picture.",
+                "Could you describe the contents of this image for me?")
+REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you see.")
+REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat "
+          "others, meaningless characters and what is not English; complete or remove sentences that break off. "
+          "Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it "
+          "unchanged. If nothing can be saved, answer: INCOMPLETE")
+
+
+# -- pictures with captions ----------------------------------------------------------------------------------
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Captioned(NamedTuple):
+    path: Path
+    caption: str
+
+
+# what would end a reply, or pose as a picture
+FORBIDDEN = re.compile(r"###|</s>|</?Img>|<Image\w*>|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def load_album(folder, report: Counter) -> list[Captioned]:
+    """MiniGPT-4's layout (image/ID.jpg, filter_cap.json), or pictures beside a captions.json, which holds
+    [{"image_id" or "image" or "file_name": ..., "caption": ...}, ...] or {"name.jpg": "caption", ...}.
+
+    What is left out or mended is counted in `report`; Problem when nothing is left.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Problem(f"--images={folder} is no folder")
+    names = ("filter_cap.json", "captions.json", "captions.jsonl")
+    file = next((folder / name for name in names if (folder / name).exists()), None)
+    if file is None:
+        raise Problem(f"{folder} has no filter_cap.json or captions.json, which says what is in each picture")
+    records = list(data.read_records(file))
+    if len(records) == 1 and isinstance(records[0], dict) and "caption" not in records[0]:
+        only = records[0]
+        records = only.get("annotations", [dict(image=name, caption=text) for name, text in only.items()])
+    places = [folder / "image", folder]
+    files = {p.stem: p for place in reversed(places) if place.is_dir() for p in sorted(place.iterdir())
+             if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")}
+    album, missing = [], []
+    for r in records:
+        r = r if isinstance(r, dict) else {}
+        name = str(r.get("image_id", r.get("image", r.get("file_name", ""))))
+        path = next((p / name for p in places if name and (p / name).is_file()), files.get(name))
+        caption = r.get("caption")
+        if path is None:
+            report["left out: no such picture"] += 1
+            missing.append(name)
+        elif not isinstance(caption, str) or not re.search(r"\w", FORBIDDEN.sub(" ", caption)):
+            report["left out: no caption"] += 1
+        else:
+            mended = FORBIDDEN.sub(" ", caption)
+            report["mended: a caption with control text"] += mended != caption
+            album.append(Captioned(path, " ".join(mended.split(" "))))
+    if missing:
+        print(f"{folder}: {len(missing)} pictures are missing, such as {missing[0] or 'one without a name'}")
+    if records and not album:
+        raise Problem(f"{file}: none of {len(records)} annotations is usable ("
+                      + "; ".join(f"{why}: {n}" for why, n in report.items() if n) + ")")
+    return album
+
+
+def write_toy_album(folder: Path, split: str, n: int, seed: str, text: Callable) -> None:
+    """n toy pictures in MiniGPT-4's layout, and scenes.json with what is true of them. Written once."""
+    if not (folder / "scenes.json").exists():
+        rng = random.Random(seed)
+        scenes = [toy.pick_scene(rng, split) for _ in range(n)]
+        pictures = [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)]
+        toy.write_album(folder, pictures, [text(s, rng) for s in scenes])
+        (folder / "scenes.json").write_text(json.dumps(scenes))
+
+
+# -- stage 0: the encoder learns to name what it sees --------------------------------------------------------
+
+@dataclass
+class SightConfig:
+    vit: vision.ViTConfig
+    qformer: vision.QFormerConfig
+    symbols: list  # what the queries may say
+
+
+class Sight(torch.nn.Module):
+    """ViT, Q-Former, and a head that is thrown away: each query says one symbol, all of them at once."""
+
+    def __init__(self, config: SightConfig):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.vit, self.qformer = vision.ViT(config.vit), vision.QFormer(config.qformer)
+        self.head = torch.nn.Linear(config.qformer.dim, len(config.symbols))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.qformer(self.vit(pixels)))  # (N, Q, symbols)
+
+    def nll(self, tokens, labels, images, segments=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """labels (N, 1 + Q): the loop never scores the first column, so it is empty."""
+        loss = F.cross_entropy(self(images).flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+        return loss, labels[:, 1:].numel()
+
+    def set_fused(self, fused: bool) -> None:
+        pass  # attention by hand is LLaMA's
+
+    def flops(self, tokens, labels, segments, images) -> float:
+        """6 per parameter and patch in the ViT, per parameter and query in the Q-Former."""
+        patches = self.vit.pos_embed.shape[1]
+        size = lambda part: sum(p.numel() for p in part.parameters())
+        each = size(self.vit.blocks) * patches + size(self.qformer.layers) * labels.shape[1]
+        return 6.0 * each * len(images)
+
+
+NOTHING = "nothing"
+SYMBOLS = [NOTHING, *toy.SHAPES, *toy.PLACES, *toy.COLORS, *toy.SIZES]
+
+
+def scene_symbols(scene: toy.Scene) -> list[str]:
+    """Four symbols for each place, empty ones too, the last place first: the reverse of captions."""
+    said = {o.place: (o.shape, o.place, o.color, o.size) for o in scene}
+    return [symbol for place in reversed(toy.PLACES) for symbol in said.get(place, (NOTHING,) * 4)]
+
+
+class Scenes:
+    """New toy pictures in every step: a pure function of (seed, step), as data.Rows."""
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __len__(self) -> int:
+        return 2 ** 31
+
+    def batch(self, step: int, size: int) -> tuple:
+        rng = random.Random(f"stage 0, {self.seed}, {step}")
+        scenes = [toy.pick_scene(rng) for _ in range(size)]
+        pixels = torch.stack([vision.preprocess(toy.draw(s, rng, self.size), self.size) for s in scenes])
+        return _named([scene_symbols(s) for s in scenes], SYMBOLS, pixels)
+
+
+def _named(said: Sequence[Sequence[str]], symbols: Sequence[str], pixels: torch.Tensor) -> tuple:
+    number = {symbol: i for i, symbol in enumerate(symbols)}
+    labels = torch.tensor([[data.IGNORE] + [number[s] for s in row] for row in said])
+    return labels, labels, None, pixels
+
+
+def caption_symbols(album: Sequence[Captioned], n: int) -> tuple[list[list[str]], list[str]]:
+    """For photos there is no other truth than captions: of each, its n rarest words, the rarest first.
+
+    Returns them, and every word that stands in five captions or more (the others are nothing).
+    """
+    bags = [list(dict.fromkeys(re.findall(r"\w+", c.caption.lower()))) for c in album]
+    count = Counter(word for bag in bags for word in bag)
+    known = sorted(w for w, k in count.items() if k >= 5)[:5000]
+    said = [sorted((w for w in bag if count[w] >= 5), key=lambda w: (count[w], w))[:n] for bag in bags]
+    return [row + [NOTHING] * (n - len(row)) for row in said], [NOTHING, *known]
+
+
+class Photos:
+    """The album's pictures as stage 0 sees them, cropped and mirrored by chance, with `n` symbols each."""
+
+    def __init__(self, album: Sequence[Captioned], n: int, seed: int, size: int):
+        self.album, self.seed, self.size = album, seed, size
+        self.said, self.symbols = caption_symbols(album, n)
+
+    def __len__(self) -> int:
+        return len(self.album)
+
+    def batch(self, step: int, size: int) -> tuple:
+        dice = np.random.default_rng((self.seed, step))
+        at = dice.integers(len(self.album), size=size)
+        parts = [cropped(vision.open_image(self.album[i].path), dice) for i in at]
+        pixels = torch.stack([vision.preprocess(part, self.size) for part in parts])
+        return _named([self.said[i] for i in at], self.symbols, pixels)
+
+
+def cropped(image: Image.Image, dice: np.random.Generator) -> Image.Image:
+    """50 to 100 % of the area, 3/4 to 4/3 of the aspect, as in MiniGPT-4's training; every other one mirrored."""
+    share, aspect = dice.uniform(0.5, 1.0), np.exp(dice.uniform(np.log(3 / 4), np.log(4 / 3)))
+    width = min(image.width, max(1, round(image.width * (share * aspect) ** 0.5)))
+    height = min(image.height, max(1, round(image.height * (share / aspect) ** 0.5)))
+    left, top = dice.integers(image.width - width + 1), dice.integers(image.height - height + 1)
+    image = image.crop((left, top, left + width, top + height))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if dice.random() < 0.5 else image
+
+
+# -- stages 1 and 2: rows of tokens with a picture each ------------------------------------------------------
+
+class PictureRows(data.Rows):
+    """Rows that hold one picture each; `images` gives those of some rows as a tensor."""
+
+    def __init__(self, examples: Sequence[data.Example], seq_len: int, pad: int, seed: int, images: Callable):
+        tokens = np.full((len(examples), seq_len), pad, np.int32)
+        labels = np.full((len(examples), seq_len), data.IGNORE, np.int32)
+        for row, e in enumerate(examples):
+            tokens[row, :len(e.tokens)], labels[row, :len(e.labels)] = e.tokens, e.labels
+        super().__init__(tokens, labels, None, seed)
+        self.images = images
+
+    def batch(self, step: int, size: int) -> tuple:
+        at = [self._row(i) for i in range(step * size, (step + 1) * size)]
+        return (*super().batch(step, size), self.images(at))
+
+
+def alt_example(caption: str, slots: int, tokenizer: data.Tokenizer, limit: int = 32) -> data.Example:
+    """Stage 1: <s>, the picture, the caption in lower case, a newline; no prompt and no </s>. As published:
+    without punctuation, 50 words and 32 tokens at most."""
+    caption = " ".join(re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:50])
+    ids = tokenizer.encode(caption + "\n")[:limit]
+    before = [tokenizer.bos] + [model.IMAGE_SLOT] * slots
+    return data.Example(before + ids, [data.IGNORE] * len(before) + ids)
+
+
+def described(caption: str, instruction: str, slots: int, template: str, tokenizer: data.Tokenizer,
+              seq_len: int) -> data.Example:
+    """Stage 2: instruction about the picture, description. What is too long loses words, but not its end."""
+    turns = [data.Turn("user", instruction, slots=slots), data.Turn("assistant", caption)]
+    example = data.render(data.Conversation(turns), template, tokenizer)
+    end = data.get_template(template).end
+    keep = len(tokenizer.encode(end, continuation=True)) if end else 1
+    over = max(0, len(example.tokens) - seq_len)
+    return data.Example(*(part[:len(part) - keep - over] + part[-keep:] for part in example))
+
+
+def frozen_images(net: vision.MiniGPT4, album: Sequence[Captioned], machine: train_sft.Machine) -> Callable:
+    """Row numbers -> what the frozen encoder makes of the pictures. Computed once for all of them when that
+    fits into 2 GB, since the encoder never changes; else in every step, from the files."""
+    size = net.vit.config.image_size
+
+    def pixels(at: Sequence[int]) -> torch.Tensor:
+        return torch.stack([vision.load_image(album[i].path, size) for i in at])
+
+    bytes_ = len(album) * net.n_queries * net.llama_proj.in_features * 4
+    if bytes_ > 2e9:
+        print(f"features of {len(album)} pictures would take {bytes_ / 1e9:.1f} GB: computed in every step")
+        return pixels
+    features = encode_all(net, pixels, len(album), machine)
+    return lambda at: features[list(at)]
+
+
+@torch.no_grad()
+def encode_all(net: vision.MiniGPT4, pixels: Callable, n: int, machine: train_sft.Machine) -> torch.Tensor:
+    """Features (n, Q, C) of pictures 0 .. n - 1, on the CPU, in fp32."""
+    done = []
+    for at in tqdm(range(0, n, 64), desc="pictures through the frozen encoder", leave=False):
+        with machine.autocast():
+            done.append(net.features(pixels(list(range(at, min(n, at + 64)))).to(machine.device)).float().cpu())
+    return torch.cat(done)
+
+
+def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, questions: Sequence,
+        features: Optional[torch.Tensor], limit: int = 64) -> tuple[list[str], list[bool]]:
+    """Replies to one question about each picture, and whether they ended. A question is a text, or turns."""
+    slots, conversations = net.n_queries if features is not None else 0, []
+    for q in questions:
+        turns = [data.Turn("user", q)] if isinstance(q, str) else list(q)
+        conversations.append(data.Conversation([turns[0]._replace(slots=slots), *turns[1:]]))
+    images = None if features is None else [f[None].to(net.llama_proj.weight.device) for f in features]
+    return data.chat(net, tokenizer, template, conversations, limit, images=images)
+
+
+# -- curation ------------------------------------------------------------------------------------------------
+
+APOLOGY = re.compile(r"(I'm|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]", re.I)
+
+
+def curate(job: "Job", net: vision.MiniGPT4, album: Sequence[Captioned], mend: Callable, true: Callable,
+           shortest: int) -> None:
+    """Section 3.2 of the paper. Writes the descriptions that are left into curated/, and a report."""
+    features = frozen_images(net, album, job.machine)(range(len(album)))
+    said, _ = ask(net, job.tokenizer, job.template, [REQUEST] * len(album), features, 96)
+    short = [i for i, text in enumerate(said) if len(job.tokenizer.encode(text)) < shortest]
+    again = [[data.Turn("user", REQUEST), data.Turn("assistant", said[i]), data.Turn("user", "Continue")]
+             for i in short]
+    if short:
+        more, _ = ask(net, job.tokenizer, job.template, again, features[short], 96)
+        for i, text in zip(short, more):
+            said[i] = f"{said[i]} {text}".strip()
+    report, kept = Counter(asked=len(album), continued=len(short)), []
+    for i, (mended, before) in enumerate(zip(mend(said), said)):
+        text = APOLOGY.sub("", mended or "").strip()
+        if "already correct" in text.lower():
+            text = before if "repetition" not in text.lower() else ""
+        if not text or "incomplete" in text.lower() or len(text) < 20:
+            report["dropped: nothing could be saved"] += 1
+        elif not true(i, text):
+            report["dropped: not true of the picture"] += 1
+        else:
+            if job.cfg.review:
+                text = reviewed(album[i].path, text)
+            if text:
+                kept.append((i, text))
+            report["dropped: by you" if not text else
+                   "kept as it was" if text == before else "repaired and kept"] += 1
+    print("curation: " + "; ".join(f"{what}: {n}" for what, n in report.items()))
+    out = Path(job.cfg.out) / "curated"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    notes = [dict(image=str(album[i].path.resolve()), caption=text, before=said[i]) for i, text in kept]
+    (out / "filter_cap.json").write_text(json.dumps(dict(annotations=notes), indent=1, ensure_ascii=False))
+
+
+def reviewed(path: Path, text: str) -> str:
+    """A person decides; "" is: drop it."""
+    print(f"\n{path}\n{text}")
+    answer = input("[Enter] keep  [d] drop  or type a better text: ").strip()
+    return text if not answer else "" if answer.lower() == "d" else answer
+
+
+def mender(spec: str) -> Callable:
+    """The teacher as a function: texts -> repaired texts. It does not see the pictures."""
+    if not spec:
+        return lambda texts: [toy.mend(text) for text in texts]
+    server = teacher.teacher(spec, temperature=0.7, max_new_tokens=200)
+
+    def mend(texts: Sequence[str]) -> list[Optional[str]]:
+        replies = server([data.Conversation([data.Turn("user", text)], system=REPAIR) for text in texts])
+        return [reply and reply.text for reply in replies]
+    return mend
+
+
+# -- the stages ----------------------------------------------------------------------------------------------
+
+def stage_config(cfg: VLMConfig, stage: str) -> train_sft.SFTConfig:
+    """The recipe's numbers for a stage, with what the command line says instead."""
+    if stage not in RECIPES[cfg.recipe]:
+        raise Problem(f"there is no published stage {stage}; give --vision=FOLDER with a ViT and a Q-Former")
+    numbers = dict(RECIPES[cfg.recipe][stage])
+    if cfg.fast:
+        numbers["steps"] = max(20, numbers["steps"] // 10)
+    numbers.update({k: getattr(cfg, k) for k in ("steps", "batch_size", "learning_rate") if getattr(cfg, k)})
+    same = ("out", "micro_batch", "checkpointing", "dtype", "device", "seed", "save_minutes", "resume")
+    return train_sft.SFTConfig(**numbers, **{k: getattr(cfg, k) for k in same})
+
+
+@dataclass
+class Job:
+    """What the stages share: the command line, the machine, and the language model that is given eyes."""
+    cfg: VLMConfig
+    machine: train_sft.Machine
+    llama: model.LLaMA
+    tokenizer: data.Tokenizer
+    template: str
+    folder: Path  # of the language model
+
+    def train(self, stage: str, name: str, rows, source: str, net, seq_len: int = 0, **more):
+        """The one loop, with this stage's numbers."""
+        sft = stage_config(self.cfg, stage)
+        sft = replace(sft, seq_len=seq_len or sft.seq_len)
+        return train_sft.run_stage(sft, name, self.machine, rows, self.tokenizer, self.template, source,
+                                   network=net, **more)
+
+
+def open_job(cfg: VLMConfig, machine: train_sft.Machine) -> Job:
+    try:
+        llama, path, meta = model.load(cfg.init)
+    except Problem as problem:
+        if Path(cfg.init).exists():
+            raise
+        raise Problem(f"{problem}. A language model has to be there first") from None
+    return Job(cfg, machine, llama, data.Tokenizer(path), meta["template"], model.find(cfg.init))
+
+
+def train_encoder(job: Job, album: Sequence[Captioned]) -> Path:
+    """Stage 0. Returns the folder with ViT and Q-Former."""
+    if job.machine.sharded:
+        raise Problem("stage 0 is small and runs in one process: python train_vlm.py --stage=0")
+    vit, qformer = vision.PRESETS["photos" if album else "toy"]
+    vit, qformer = vision.ViTConfig(**vit), vision.QFormerConfig(**qformer)
+    if album:
+        rows = Photos(album, qformer.n_queries, job.cfg.seed, vit.image_size)
+        symbols, source = rows.symbols, text_digest("\n".join(c.caption for c in album))
+    else:
+        rows, symbols, source = Scenes(job.cfg.seed, vit.image_size), SYMBOLS, "toy pictures"
+    torch.manual_seed(job.cfg.seed)
+    net = Sight(SightConfig(vit, qformer, symbols))
+    job.train("0", "vision", rows, source, net, 1 + qformer.n_queries)
+    return Path(job.cfg.out) / "vision"
+
+
+def give_eyes(job: Job, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
+    """A MiniGPT-4 whose projection knows nothing yet, and what it was put together from."""
+    vit, qformer, _ = vision.load_encoder(encoder)
+    torch.manual_seed(job.cfg.seed)
+    net = vision.MiniGPT4(job.llama, vit, qformer).to(job.machine.device)
+    parts = dict(llama=job.folder, vision=model.find(encoder))
+    return net, {name: str(path) for name, path in parts.items()} | {
+        f"{name}_crc": model.fingerprint(path) for name, path in parts.items()}
+
+
+def align(job: Job, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned], name: str = "align"):
+    """Stage 1."""
+    sft = stage_config(job.cfg, "1")
+    examples = [alt_example(c.caption, net.n_queries, job.tokenizer) for c in album]
+    images = frozen_images(net, album, job.machine)
+    rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
+    source = text_digest("\n".join(c.caption for c in album))
+    return job.train("1", name, rows, source, net, beside=beside)
+
+
+def finetune(job: Job, net: vision.MiniGPT4, beside: dict, folder: Path, name: str = "minigpt4",
+             parent: str = "align") -> None:
+    """Stage 2, on the descriptions in `folder`. Left out, and said so, when they are fewer than one batch."""
+    sft, rng = stage_config(job.cfg, "2"), random.Random(job.cfg.seed)
+    album = load_album(folder, Counter())
+    if len(album) < sft.batch_size:
+        print(f"{name}: stage 2 is left out: {len(album)} descriptions in {folder} are fewer than a batch of "
+              f"{sft.batch_size}; train stage 1 for longer, on more pictures, or give --teacher")
+        return
+    examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, job.template, job.tokenizer,
+                          sft.seq_len) for c in album]
+    images = frozen_images(net, album, job.machine)
+    rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
+    source = text_digest("\n".join(c.caption for c in album))
+    job.train("2", name, rows, source, net, parent=str(Path(job.cfg.out) / parent), beside=beside)
+
+
+# -- the toy chain, and what it must be compared with --------------------------------------------------------
+
+class Exam(NamedTuple):
+    """Pictures with a question each."""
+    scenes: list
+    pictures: list
+    questions: list  # toy.Question
+
+
+def exam(split: str, n: int, seed: int = 1) -> Exam:
+    """The same for everybody; in split "pairs" the question is about an object whose pair was never met."""
+    rng, scenes, questions = random.Random(f"pictures {split} {seed}"), [], []
+    kinds = [k for k in toy.SCENE_KINDS if k != "describe"]
+    while len(scenes) < n:
+        scene = toy.pick_scene(rng, split)
+        about = next((o for o in scene if (o.color, o.shape) in toy.HELD_PAIRS), None)
+        q = toy.ask_scene(rng.choice(kinds), scene, rng, about=about)
+        if q:
+            scenes.append(scene)
+            questions.append(q)
+    return Exam(scenes, [toy.draw(s, rng) for s in scenes], questions)
+
+
+def exact(scene: toy.Scene, reply: str) -> bool:
+    return toy.found("objects", reply) == set(scene)
+
+
+def hallucinated(scenes: Sequence, replies: Sequence[str]) -> tuple[float, float]:
+    """CHAIR (Rohrbach et al. 2018): the share of things mentioned that are not there, and of replies with one or
+    more. A thing is a colour on a shape."""
+    mention = re.compile(rf"\b({'|'.join(toy.COLORS)}) ({'|'.join(toy.SHAPES)})\b")
+    said = [mention.findall(r.lower()) for r in replies]
+    wrong = [[m for m in row if m not in {(o.color, o.shape) for o in s}] for row, s in zip(said, scenes)]
+    return sum(map(len, wrong)) / max(1, sum(map(len, said))), sum(map(bool, wrong)) / len(replies)
+
+
+def failed(scene: toy.Scene, reply: str, ended: bool) -> str:
+    """Why a description is a failure, "" when it is none: the paper's kinds, the first that applies."""
+    words = reply.lower().split()
+    fours = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    if not ended:
+        return "does not stop"
+    if len(set(fours)) < len(fours):
+        return "repeats itself"
+    if not toy.found("objects", reply) or not reply.rstrip().endswith((".", "!")):
+        return "is a fragment"
+    return "" if exact(scene, reply) else "is wrong"
+
+
+def pope(n: int, seed: int = 2) -> tuple[list, list]:
+    """Scenes with a yes/no question about presence (Li et al. 2023, POPE), half of them to be denied; absent is
+    mostly a colour and a shape that are both there, on different things."""
+    rng, scenes, questions = random.Random(seed), [], []
+    while len(scenes) < n:
+        scene = toy.pick_scene(rng, "scenes")
+        q = toy.ask_scene("exists", scene, rng)
+        if q and q.truth["yesno"] == {"yes" if len(scenes) % 2 else "no"}:
+            scenes.append(scene)
+            questions.append(q)
+    return scenes, questions
+
+
+def look(net: vision.MiniGPT4, pictures: Sequence[np.ndarray], machine: train_sft.Machine) -> torch.Tensor:
+    size = net.vit.config.image_size
+    pixels = torch.stack([vision.preprocess(p, size) for p in pictures])
+    return encode_all(net, lambda at: pixels[at], len(pictures), machine)
+
+
+def toy_chain(job: Job) -> dict:
+    cfg, sizes, out = job.cfg, FAST if job.cfg.fast else TOY, Path(job.cfg.out)
+    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, ())
+    if cfg.stage == "0":
+        return dict(folder=str(encoder))
+    for name, text in (("alt", toy.alt_text), ("curate", lambda scene, rng: toy.caption(scene))):
+        write_toy_album(out / "data" / name, "train", sizes[name], f"{name} {cfg.seed}", text)
+    alt, pool = (load_album(out / "data" / name, Counter()) for name in ("alt", "curate"))
+    truth = json.loads((out / "data" / "curate" / "scenes.json").read_text())
+    scenes = [tuple(toy.Object(*o) for o in scene) for scene in truth]
+
+    net, beside = give_eyes(job, encoder)
+    align(job, net, beside, alt)
+    if cfg.stage == "1":
+        return dict(folder=str(out / "align"))
+    if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
+        curate(job, net.eval(), pool, mender(cfg.teacher), lambda i, text: exact(scenes[i], text), 20)
+    if cfg.stage == "curate":
+        return dict(folder=str(out / "curated"))
+    aligned = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
+    finetune(job, net, beside, out / "curated")
+    return table(job, net.eval(), aligned, alt, sizes["questions"])
+
+
+def random_eyes(job: Job, net: vision.MiniGPT4, alt: Sequence[Captioned]) -> vision.MiniGPT4:
+    """Control: a frozen encoder that has learned nothing, and a linear layer trained as long as the other."""
+    torch.manual_seed(job.cfg.seed + 1)
+    blind = vision.MiniGPT4(job.llama, vision.ViT(net.vit.config), vision.QFormer(net.qformer.config))
+    blind = blind.to(job.machine.device)
+    beside = dict(llama=str(job.folder), vision="random")
+    align(job, blind, beside, alt, "random-align")
+    finetune(job, blind, beside, Path(job.cfg.out) / "curated", "random-minigpt4", "random-align")
+    return blind.eval()
+
+
+def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned], n: int) -> dict:
+    """Captions and zero-shot questions on both held-out splits, beside the controls; failures, hallucinations."""
+    blind, rng = random_eyes(job, net, alt), random.Random(0)
+    final = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
+    figures, said = {}, {}
+    exams = {split: exam(split, n) for split in ("scenes", "pairs")}
+    for split, e in exams.items():
+        seen = look(net, e.pictures, job.machine)
+        asked, requests = [q.text for q in e.questions], [INSTRUCTIONS[i % 4] for i in range(n)]
+        told = [toy.tell(s, rng) for s in e.scenes]
+        in_words = [f"{t} {q}" for t, q in zip(told, asked)], [t + " Describe the scene." for t in told]
+        players = {  # name: who, with which projection, questions, requests for a description, what is seen
+            "MiniGPT-4": (net, final, asked, requests, seen),
+            "in words": (net, final, *in_words, None),
+            "no picture": (net, final, asked, requests, None),
+            "shuffled": (net, final, asked, requests, seen.roll(1, 0)),
+            "random eyes": (blind, None, asked, requests, look(blind, e.pictures, job.machine)),
+            "stage 1": (net, aligned, asked, requests, seen)}
+        for name, (who, weights, questions, wishes, features) in tqdm(players.items(), desc=split, leave=False):
+            if weights:
+                who.llama_proj.load_state_dict(weights)
+            said[split, name] = captions = ask(who, job.tokenizer, job.template, wishes, features)
+            answers, _ = ask(who, job.tokenizer, job.template, questions, features)
+            right = sum(toy.grade(q, a) == 1 for q, a in zip(e.questions, answers))
+            figures[split, "captions", name] = sum(map(exact, e.scenes, captions[0])) / n
+            figures[split, "questions", name] = right / n
+    print_table(figures)
+    figures |= faults(job, net, exams["scenes"], said, aligned, final, n)
+    out = Path(job.cfg.out)
+    show(exams["scenes"], said["scenes", "MiniGPT-4"][0], out / "seen.png")
+    minutes = (time.time() - train_sft.STARTED) / 60
+    written = {" ".join(key): value for key, value in figures.items()}
+    (out / "seeing.json").write_text(json.dumps(dict(written, seed=job.cfg.seed, minutes=minutes), indent=1))
+    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now type:"
+          f"\n  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
+    return figures
+
+
+def print_table(figures: dict) -> None:
+    names = list(dict.fromkeys(name for *_, name in figures))
+    print(f"\n{'right, %':<34}" + "".join(f"{n:>13}" for n in names))
+    for split, title in (("scenes", "(a) unseen scenes"), ("pairs", "(b) unseen color x shape")):
+        for what in ("captions", "questions"):
+            row = [figures[split, what, n] for n in names]
+            print(f"{title + ', ' + what:<34}" + "".join(f"{100 * x:>13.0f}" for x in row))
+    print("picture / words: " + ", ".join(
+        f"{what} {split} {100 * figures[split, what, 'MiniGPT-4'] / max(0.01, figures[split, what, 'in words']):.0f}%"
+        for split in ("scenes", "pairs") for what in ("captions", "questions")))
+
+
+def faults(job: Job, net: vision.MiniGPT4, e: Exam, said: dict, aligned: dict, final: dict, n: int) -> dict:
+    """Stage 1 alone against stage 2: how descriptions fail, and what is seen that is not there."""
+    figures, scenes = {}, e.scenes
+    asked_of, yes_no = pope(n)
+    rng = random.Random(3)
+    seen = look(net, [toy.draw(s, rng) for s in asked_of], job.machine)
+    print(f"\n{'of descriptions and answers, %':<34}{'stage 1':>13}{'MiniGPT-4':>13}")
+    rows: dict = {}
+    for name, weights in (("stage 1", aligned), ("MiniGPT-4", final)):
+        replies, ended = said["scenes", name]
+        why = Counter(map(failed, scenes, replies, ended))
+        net.llama_proj.load_state_dict(weights)
+        answers, _ = ask(net, job.tokenizer, job.template, [q.text for q in yes_no], seen)
+        yes = sum("yes" in toy.found("yesno", a) for a in answers) / n
+        right = sum(toy.grade(q, a) == 1 for q, a in zip(yes_no, answers)) / n
+        things, texts = hallucinated(scenes, replies)
+        for kind in ("does not stop", "repeats itself", "is a fragment", "is wrong"):
+            rows.setdefault(kind, []).append(why[kind] / n)
+        rows.setdefault("fails in one of these ways", []).append(1 - why[""] / n)
+        rows.setdefault("things named that are not there", []).append(things)
+        rows.setdefault("descriptions with such a thing", []).append(texts)
+        rows.setdefault("yes/no right (chance 50)", []).append(right)
+        rows.setdefault("yes said (true of 50)", []).append(yes)
+    for title, row in rows.items():
+        print(f"{title:<34}" + "".join(f"{100 * x:>13.0f}" for x in row))
+        figures |= {("faults", title, name): x for name, x in zip(("stage 1", "MiniGPT-4"), row)}
+    return figures
+
+
+def show(e: Exam, replies: Sequence[str], path: Path) -> None:
+    """Four pictures with what is said of them; a wrong one among them, if there is any."""
+    right = [i for i, (s, r) in enumerate(zip(e.scenes, replies)) if exact(s, r)]
+    wrong = [i for i in range(len(replies)) if i not in right]
+    chosen = (right[:4 - bool(wrong)] + wrong)[:4]
+    sheet = Image.new("RGB", (4 * 260, 330), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, i in enumerate(chosen):
+        picture = Image.fromarray(e.pictures[i]).resize((240, 240), Image.Resampling.NEAREST)
+        sheet.paste(picture, (260 * column + 10, 10))
+        words, lines = (replies[i] + ("" if i in right else "  [wrong]")).split(), [""]
+        for word in words:
+            if len(lines[-1]) + len(word) > 38:
+                lines.append("")
+            lines[-1] += word + " "
+        color = "black" if i in right else "firebrick"
+        pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:5]), fill=color)
+    sheet.save(path)
+
+
+# -- your own pictures ---------------------------------------------------------------------------------------
+
+def photo_chain(job: Job) -> dict:
+    """The same stages on a folder of pictures with captions; a tenth of it, by a hash of the name, is held out."""
+    cfg, out, report = job.cfg, Path(job.cfg.out), Counter()
+    album = load_album(cfg.images, report)
+    held = [c for c in album if text_digest(c.path.name) < "1999"]
+    learn = [c for c in album if text_digest(c.path.name) >= "1999"]
+    print(f"{cfg.images}: {len(album)} pictures with captions, {len(held)} of them held out"
+          + "".join(f"; {why}: {k}" for why, k in report.items() if k))
+    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, learn)
+    if cfg.stage == "0":
+        return dict(folder=str(encoder))
+    net, beside = give_eyes(job, encoder)
+    if cfg.stage == "2":  # your own descriptions: nothing to curate
+        model.load(out / "align", network=net)
+        finetune(job, net, beside, Path(cfg.images))
+        return photo_table(job, net.eval(), learn, held)
+    align(job, net, beside, learn)
+    if cfg.stage == "1":
+        return dict(folder=str(out / "align"))
+    if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
+        pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
+        words, _ = caption_symbols(pool, 1)
+        if not cfg.teacher:
+            print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
+        curate(job, net.eval(), pool, mender(cfg.teacher) if cfg.teacher else list,
+               lambda i, text: words[i][0] in text.lower(), 1)
+    if cfg.stage == "curate":
+        return dict(folder=str(out / "curated"))
+    finetune(job, net, beside, out / "curated")
+    return photo_table(job, net.eval(), learn, held)
+
+
+def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence[Captioned], held: Sequence[Captioned]) -> dict:
+    """How often a description of a held-out picture names the rarest word of its caption before any other such."""
+    if not held:
+        return {}
+    names = {row[0] for row in caption_symbols(learn, 1)[0]}
+    truth = [next((w for w in re.findall(r"\w+", c.caption.lower()) if w in names), "") for c in held]
+    features, figures = frozen_images(net, held, job.machine)(range(len(held))), {}
+    for name, seen in (("MiniGPT-4", features), ("shuffled", features.roll(1, 0))):
+        replies, _ = ask(net, job.tokenizer, job.template, [INSTRUCTIONS[0]] * len(held), seen)
+        named = [[w for w in re.findall(r"\w+", r.lower()) if w in names][:1] for r in replies]
+        figures[name] = sum(row == [t] for row, t in zip(named, truth)) / len(held)
+        print(f"{name}: names the right thing in {100 * figures[name]:.1f}% of {len(held)} held-out pictures")
+    return figures
+
+
+def main(cfg: VLMConfig) -> dict:
+    print(describe(cfg))
+    machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
+    job = open_job(cfg, machine)
+    try:
+        return (photo_chain if cfg.images else toy_chain)(job)
+    except train_sft.Stopped as stopped:
+        script = " ".join(sys.argv) if sys.argv[0].endswith(".py") else "train_vlm.py"
+        print(f"\n{stopped}. To go on: python {script}")
+        raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    run(main, VLMConfig, PRESETS)
