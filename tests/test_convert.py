@@ -406,6 +406,7 @@ def test_blocks_by_hand():
     assert block[:2].view(torch.float16) == 1  # -8 is the extreme: d = 1
     assert block[2] == 0 | 9 << 4 and block[3] == 15 | 8 << 4 and block[17] == 8 | 6 << 4
     assert torch.equal(convert.dequantize(block[None, None]), x)
+    assert torch.equal(convert.dequantize(convert.quantize_rows(-x, "Q4_0")), -x)  # +8 is the extreme: d = -1
     x[0, :4] = torch.tensor([127.0, -126.5, 0.5, -0.5])
     codes = convert.quantize_rows(x, "Q8_0")[0, 0, 2:].view(torch.int8)
     assert codes[:4].tolist() == [127, -127, 1, -1]  # halves go away from zero
