@@ -326,8 +326,47 @@ VISION = [
      "test_preprocessing_equals_golden_values"),
 ]
 
+CONVERT = [
+    ("q and k left in Hugging Face's order",
+     'return interleave(weight, config.n_heads if "wq" in name else config.n_kv_heads)', "return weight",
+     "test_hugging_face[tinyllama-False-1-True]"),
+    ("k permuted as if it had all heads",
+     'config.n_heads if "wq" in name else config.n_kv_heads)', "config.n_heads)",
+     "test_hugging_face[tinyllama-False-1-True]"),
+    ("linear rope scaling ignored",
+     'float(rope["factor"]) if kind == "linear" else 1.0', "1.0",
+     "test_hugging_face[vicuna-v1.5-16k-False-1-True]"),
+    ("unknown tensors ignored",
+     "        if unknown:\n", "        if False:\n",
+     "test_bad_files[unknown tensor]"),
+    ("Meta's shards in the wrong order",
+     "for shard in shards], dim", "for shard in reversed(shards)], dim",
+     "test_meta"),
+    ("halves rounded to even",
+     "codes = (whole + (2 * (scaled.abs() - whole)).floor()) * scaled.sign()", "codes = scaled.round()",
+     "test_blocks_by_hand"),
+    ("neighbours share a byte",
+     "codes[..., :16] | codes[..., 16:] << 4", "codes[..., ::2] | codes[..., 1::2] << 4",
+     "test_blocks_by_hand"),
+    ("the scale of a block without its sign",
+     "d = extreme / -8", "d = extreme.abs() / 8",
+     "test_blocks_by_hand"),
+    ("output matrix in four bits",
+     'name in ("tok_embeddings.weight", "output.weight")', 'name == "tok_embeddings.weight"',
+     "test_quantised_model"),
+    ("low half of an eight-bit code moved by 8",
+     "(low, d, 8 * d)", "(low, d, 0 * d)",
+     "test_fast_kernel_equals_readable_blocks"),
+    ("GGUF's dimensions in torch's order",
+     "*reversed(shape)", "*shape",
+     "test_gguf_reads_back"),
+    ("GGUF without the padding rows' names",
+     '[f"[PAD{i}]" for i in padding]', '["[PAD]" for i in padding]',
+     "test_gguf_reads_back"),
+]
+
 BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE,
-                                           "vision.py": VISION}.items() for bug in bugs]
+                                           "vision.py": VISION, "convert.py": CONVERT}.items() for bug in bugs]
 
 
 def run_tests(code: str, file: Path, tests: list[str]) -> tuple[int, str]:
