@@ -249,13 +249,13 @@ DATA = [
 
 SAMPLE = [
     ("the chat believes that everything was read",
-     "self.read = (prompt + ids)[:self.cache.length]", "self.read = prompt + ids",
+     "self.read = (marks + ids)[:self.cache.length]", "self.read = marks + ids",
      "test_cache_changes_nothing"),
     ("the cache is not cut where the chat forks",
      "self.cache.truncate(same)\n", "pass\n",
      "test_undo_retry_reset"),
     ("everything is read again",
-     "prompt[same] == self.read[same]:", "False:",
+     "marks[same] == self.read[same]:", "False:",
      "test_a_turn_reads_only_what_is_new"),
     ("half a letter is printed",
      'if text.endswith("\\ufffd"):', "if False:",
