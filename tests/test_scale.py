@@ -475,6 +475,32 @@ def test_the_estimator_counts_what_autograd_keeps(dtype, kv):
     assert model.memory(c, 1, 2, 64, dtype)["activations"] == pytest.approx(counted, abs=cos_and_sin)
 
 
+def peak_of_tensors(function) -> int:
+    """The most bytes of tensors that were alive at once, less what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return int(alive.max())
+
+
+def test_the_estimator_and_checkpointing_against_a_real_step():
+    """The estimated peak of a second step is the real one to 3 %; recomputing blocks leaves less than 40 % of it."""
+    shape = model.LLaMAConfig(dim=64, n_layers=8, n_heads=2, vocab_size=500, max_seq_len=256)
+    words, peak, gradients = torch.randint(3, 500, (4, 256)), {}, {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = model.LLaMA(shape).train()
+        net.checkpointing = checkpointing
+        there = 12 * sum(p.numel() for p in net.parameters())  # weights and optimizer state
+        peak[checkpointing] = peak_of_tensors(lambda: train_sft.loss_backward(net, [(words, words, None)], MACHINE))
+        said = model.memory(shape, 1, 4, 256, torch.float32, checkpointing)["peak"] - there
+        assert said == pytest.approx(peak[checkpointing], rel=0.03 if not checkpointing else 0.1)
+        gradients[checkpointing] = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert peak[True] < 0.4 * peak[False]
+    assert (gradients[True] - gradients[False]).abs().max() < 1e-6
+
+
 def test_the_estimator_on_published_runs(capsys):
     """8 A100-80GB held Vicuna with checkpointing; one does not hold 7B; they cost about $140 and $300."""
     small = model.main(model.ModelConfig(preset="7B", gpus=8, seq=2048, batch=4))
