@@ -68,7 +68,7 @@ class LLaMAConfig:
 
 # Table 2 of [1]; the small ones are ours.
 PRESETS = {
-    "toy": dict(dim=128, n_layers=4, n_heads=4, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
@@ -225,27 +225,14 @@ class LLaMA(nn.Module):
         """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
 
         The embeddings share a mean: rotary attention can only look at "the token before" through something that all
-        tokens have in common. And four heads of the first layer begin by doing just that, 1 to 4 tokens back; a toy
-        model would spend hundreds of steps to grow them (after Trockman and Kolter 2023, mimetic initialization,
-        2305.09828).
+        tokens have in common, and without it a toy model spends hundreds of steps to grow that first.
         """
-        c = self.config
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 std = 0.6 / math.sqrt(p.shape[-1])
                 into_residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, mean=std if name.startswith("tok_") else 0.0,
-                                std=std / math.sqrt(2 * c.n_layers) if into_residual else std)
-        first, D = self.layers[0].attention, c.head_dim
-        # a normalised embedding has sqrt(dim / 2) along the common mean; this makes the score 12 at the token meant
-        strength = math.sqrt(12 * math.sqrt(D) / (c.dim / 2 * D / 2)) / math.sqrt(c.dim)
-        frequencies = c.rope_theta ** (-torch.arange(0, D, 2, device=first.wq.weight.device) / D) / c.rope_scaling
-        with torch.no_grad():
-            for back in range(1, min(4, c.n_kv_heads) + 1):
-                key = torch.tensor([1.0, 0.0]).repeat(D // 2).to(first.wk.weight)
-                turned = torch.stack((torch.cos(back * frequencies), -torch.sin(back * frequencies)), dim=-1)
-                first.wk.weight.view(c.n_kv_heads, D, -1)[back - 1] += strength * key[:, None]
-                first.wq.weight.view(c.n_kv_heads, -1, D, c.dim)[back - 1] += strength * turned.flatten()[:, None]
+                                std=std / math.sqrt(2 * self.config.n_layers) if into_residual else std)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
