@@ -22,6 +22,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Literal, NamedTuple, Optional
@@ -113,9 +114,10 @@ class File:
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
+        self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 25:
+        if self.read > 2 ** 25 and self.mapped:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
@@ -513,8 +515,8 @@ def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: 
     width, needed = weights.shape("llama_proj.weight")[0], open_folder(llama_folder).config.dim
     if width != needed:
         raise Problem(f"{own} projects to width {width}, but the language model {llama_folder} has width "
-                      f"{needed}: the projections for 7B (4096) and 13B (5120) are different files; fetch the "
-                      "other one")
+                      f"{needed}: the projections for 7B (4096) and 13B (5120) are different files; fetch "
+                      "the other one")
     llama, tokenizer, meta = load(llama_folder, dtype, device, quantize)
     vit = load_vit(eva, llama.tok_embeddings.weight.dtype, device)
     net = vision.MiniGPT4(llama, vit, load_qformer(blip2, device))
@@ -626,29 +628,20 @@ class QuantLinear(nn.Module):
 
 
 def choose_kernel(device: str = "cpu") -> tuple[bool, str]:
-    """Whether torch's int4 kernel is right and faster on this machine, by trying, and a line that says so."""
-    slowly = "blocks unpacked for every use"
+    """Whether torch's int4 kernel is there and right on this machine, by trying, and a line that says so."""
     if not str(device).startswith("cpu") or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return False, f"{slowly}: torch's int4 kernel needs a CPU and torch 2.6 or newer"
+        return False, "blocks unpacked for every use: torch's int4 kernel needs a CPU and torch 2.6 or newer"
     random = torch.Generator().manual_seed(0)
-    blocks = quantize_rows(torch.randn(1024, 1024, generator=random), "Q4_0")
-    x = torch.randn(1, 1024, generator=random)
-    times, results = [], []
-    for fast in (True, False):
-        layer = QuantLinear(blocks, "Q4_0", fast)
-        results.append(layer(x))
-        times.append(min(_seconds(lambda: layer(x)) for _ in range(5)))
-    ratio, error = times[1] / times[0], float((results[0] - results[1]).norm() / results[1].norm())
-    if error > 0.02 or ratio < 1:
-        why = f"torch's int4 kernel takes {1 / ratio:.1f}x as long here, and is off by {100 * error:.1f}%"
-        return False, f"{slowly}: {why}"
-    return True, f"torch's int4 kernel: {ratio:.0f}x faster here than blocks unpacked for every use"
-
-
-def _seconds(work: Callable) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    blocks = quantize_rows(torch.randn(64, 64, generator=random), "Q4_0")
+    x = torch.randn(1, 64, generator=random)
+    try:
+        fast, readable = (QuantLinear(blocks, "Q4_0", fast)(x) for fast in (True, False))
+    except RuntimeError as error:  # torch was built without it
+        why = str(error).splitlines()[0]
+        return False, f"blocks unpacked for every use: torch's int4 kernel fails ({why})"
+    if (fast - readable).norm() > 0.02 * readable.norm():
+        return False, "blocks unpacked for every use: torch's int4 kernel is wrong on this machine"
+    return True, "multiplied by torch's int4 kernel"
 
 
 # -- GGUF: for llama.cpp -------------------------------------------------------------------------------------
@@ -773,8 +766,8 @@ class CheckConfig:
 
 
 ALICE = ("Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing "
-         "to do: once or twice she had peeped into the book her sister was reading, but it had no pictures or "
-         "conversations in it.")
+         "to do: once or twice she had peeped into the book her sister was reading, but it had no pictures "
+         "or conversations in it.")
 
 
 @torch.inference_mode()
@@ -858,7 +851,7 @@ def quality(cfg: QualityConfig) -> dict:
         rows = rows_of(cfg.data, template, tokenizer, length)
     batches = [rows.batch(i, 1) for i in range(min(cfg.rows, len(rows)))]
     figures = {}
-    print(f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + (f"{'right':>8}" if items else ""))
+    table = [f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + ("   right" if items else "")]
     for name, (dtype, quantize) in PRECISIONS.items():
         net = load(cfg.ckpt, dtype, quantize=quantize)[0]
         nats, kl, same, count = 0.0, 0.0, 0, 0
@@ -879,8 +872,9 @@ def quality(cfg: QualityConfig) -> dict:
             replies = data.chat(net, tokenizer, template, asked, max_new_tokens=64)[0]
             row["right"] = sum(toy.grade(i.question, r) == 1 for i, r in zip(items, replies)) / len(items)
             line += f"{100 * row['right']:>7.1f}%"
-        print(line)
+        table.append(line)
         figures[name] = row
+    print("\n".join(table))
     return figures
 
 
@@ -941,6 +935,12 @@ def speed(cfg: SpeedConfig) -> dict:
             job = dict(model=str(file), prompts=[prompt], max_tokens=n, threads=threads)
             report("llama.cpp, q4", matrices, llama_cpp(job)["seconds"][0])
     return figures
+
+
+def _seconds(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _seconds_a_token(stream: Iterator) -> float:

@@ -1369,7 +1369,7 @@ def clean_file(cfg: CleanConfig) -> dict:
 @dataclass
 class SplitConfig:
     file: str  # ShareGPT, Alpaca or OpenAssistant
-    out: str = "split.json"
+    out: str = "split.json"  # the pieces are written here
     seq_len: int = 2048  # longest piece in tokens, the system text included
     tokenizer: str = "out/base"  # a checkpoint folder or a tokenizer.model
     template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
@@ -1387,7 +1387,7 @@ def split_file(cfg: SplitConfig) -> dict:
 @dataclass
 class OasstConfig:
     file: str  # trees, threads or messages
-    out: str = "oasst.json"
+    out: str = "oasst.json"  # the result is written here
     pick: str = "all"  # all paths to a last reply; top1, top2, ...: best-ranked replies; best: one path a tree
     synthetic: bool = False  # keep messages written by a machine
     valid: float = 0.0  # share of the trees that goes into a second file, OUT.valid.json
@@ -1418,7 +1418,7 @@ def oasst_file(cfg: OasstConfig) -> dict:
 @dataclass
 class MixConfig:
     files: str  # FILE:WEIGHT,FILE,...; 2: all of it twice, 0.5: a random half. With --recipe: NAME=FILE,...
-    out: str = "mix.json"
+    out: str = "mix.json"  # the result is written here
     recipe: str = ""  # koala_distill or koala_all: weights by name
     seed: int = 0  # of the order and of the halves
 
@@ -1452,7 +1452,7 @@ def mix_files(cfg: MixConfig) -> dict:
 class IdentityConfig:
     name: str = "Lumi"  # what the model shall call itself
     maker: str = "two students"  # and who made it
-    out: str = "identity.json"
+    out: str = "identity.json"  # the result is written here
 
 
 def identity_file(cfg: IdentityConfig) -> dict:

@@ -121,7 +121,7 @@ def toy_questions(seed: int = 0) -> list[Question]:
 
 def read_lines(path, key: str, what: str) -> list[dict]:
     """The objects of a JSON-lines file, each with `key`, none twice."""
-    records = data.read_records(path)
+    records = list(data.read_records(path))
     if not records or not all(isinstance(r, dict) and isinstance(r.get(key), (int, str)) for r in records):
         raise Problem(f"{path} holds no {what}: JSON lines with {key} are needed")
     double = [i for i, n in Counter(r[key] for r in records).items() if n > 1]

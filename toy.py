@@ -538,8 +538,8 @@ def document(rng: random.Random) -> str:
     while len(lines) < 7:
         if rng.random() < 0.15:  # what people say between two things, so that facts are known in any company
             lines.append(fact(rng.choice(PEOPLE), rng))
-        kind = rng.choice(("color", "size", "shape", "where", "where", "where", "at", "at", "at", "describe", "describe",
-                           rng.choice(("count", "gone", "paint", "draw", "be", "story"))))
+        kind = rng.choice(("color", "size", "where", "shape", "at") * 2 + ("describe",) * 3 +
+                          (rng.choice(("count", "gone", "paint", "draw", "be", "story")),))
         if q := ask_scene(kind, scene, rng):
             o = rng.choice(scene)
             if kind == "at":

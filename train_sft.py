@@ -58,7 +58,7 @@ class SFTConfig:
     micro_batch: int = 0  # rows in one forward pass of one process; 0: all of them
     steps: int = 0  # optimizer steps; 0: chosen from the data and --epochs
     epochs: float = 3.0  # passes over your own data when --steps is not given
-    learning_rate: float = 0.0  # peak; 0: 5e-4 for the small presets, 2e-5 for 7B and up, ten times that with LoRA
+    learning_rate: float = 0.0  # peak; 0: 1e-3 for the small presets, 2e-5 for 7B and up, ten times that with LoRA
     warmup: float = 0.1  # share of the steps
     min_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.1  # on matrices only
@@ -395,7 +395,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
     folder = Path(cfg.out) / name
     if not cfg.learning_rate:
         large = cfg.preset not in ("toy", "small")
-        cfg = replace(cfg, learning_rate=(2e-5 if large else 5e-4) * (10 if cfg.lora_rank else 1))
+        cfg = replace(cfg, learning_rate=(2e-5 if large else 1e-3) * (10 if cfg.lora_rank else 1))
     if cfg.lora_rank and not parent:
         raise Problem(f"--lora_rank={cfg.lora_rank} adapts a trained model: give --init=FOLDER")
     settings = {key: getattr(cfg, key) for key in SETTINGS}
@@ -645,7 +645,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain -------------------------------------------------------------------------------------------
 
-TOY = dict(documents=40000, instructions=14000, conversations=8000, base=800, alpaca=250, vicuna=750, questions=100)
+TOY = dict(documents=24000, instructions=14000, conversations=12000, base=800, alpaca=250, vicuna=800, questions=100)
 FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)
 
 

@@ -145,6 +145,9 @@ def test_run_with_commands(monkeypatch):
         assert message in left.value.code
 
 
+SHAPES = ("LLaMAConfig", "ViTConfig", "QFormerConfig", "SightConfig")  # of networks, not command lines
+
+
 def configurations() -> list[type]:
     """The command line of every script."""
     found = []
@@ -154,7 +157,7 @@ def configurations() -> list[type]:
         except ImportError:  # an optional dependency that is not installed
             continue
         found += [cls for name, cls in vars(module).items()
-                  if name.endswith("Config") and name != "LLaMAConfig" and cls.__module__ == path.stem]
+                  if name.endswith("Config") and name not in SHAPES and cls.__module__ == path.stem]
     return found
 
 

@@ -69,8 +69,8 @@ LAYOUTS = {
 
 
 def hugging_face(layout: str, folder: Path, tokenizer, pickled: bool = False, shards: int = 1, old: bool = True):
-    """A random model of transformers', and its folder as it was published. transformers 5 spells config.json in
-    a new way and rotary tables are no longer stored; what is on the hub is mostly older."""
+    """A random model of transformers', and its folder as it was published. transformers 5 spells config.json in a
+    new way and stores no rotary tables; what is on the hub is mostly older."""
     transformers = pytest.importorskip("transformers")
     options = dict(LAYOUTS[layout])
     rows = tokenizer.vocab_size + options.pop("rows", 0)
@@ -85,7 +85,7 @@ def hugging_face(layout: str, folder: Path, tokenizer, pickled: bool = False, sh
     if not old:
         theirs.save_pretrained(folder, max_shard_size="60KB" if shards > 1 else "1GB")
         return theirs
-    written = dict(shape, architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", torch_dtype="float32")
+    written = dict(shape, architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
     written["vocab_size"] = tokenizer.vocab_size  # Vicuna v0's config.json did not know of the row it had
     if options.get("num_key_value_heads") == 4:
         del written["num_key_value_heads"]  # LLaMA 1's files are older than grouped queries
@@ -110,7 +110,8 @@ def hugging_face(layout: str, folder: Path, tokenizer, pickled: bool = False, sh
 
 @pytest.mark.parametrize("layout, pickled, shards, old", [
     *((layout, False, 1, True) for layout in LAYOUTS), ("tinyllama", True, 1, True), ("tinyllama", False, 3, True),
-    ("tied", True, 2, True), ("vicuna-v1.5-16k", False, 3, False), ("theta", False, 1, False), ("tied", False, 1, False)])
+    ("tied", True, 2, True), ("vicuna-v1.5-16k", False, 3, False), ("theta", False, 1, False),
+    ("tied", False, 1, False)])
 def test_hugging_face(layout, pickled, shards, old, tmp_path, tokenizer):
     """Without the permutation of q and k, or with the wrong number of heads for k, the logits are unrelated."""
     theirs = hugging_face(layout, tmp_path / layout, tokenizer, pickled, shards, old)
@@ -136,13 +137,29 @@ def test_every_loader_takes_published_folders(tmp_path, tokenizer):
         assert sample.main(cfg)["rounds"] == 1
 
 
+def test_pickles_from_before_2020(tmp_path, tokenizer):
+    """Plain pickles, not zip files: they cannot be mapped, only read."""
+    net = ours(tokenizer.vocab_size)
+    meta_folder(tmp_path / "7B", net, tokenizer, 1)
+    file = tmp_path / "7B" / "consolidated.00.pth"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert file.read_bytes()[:2] != b"PK"
+    ids = some_ids(tokenizer.vocab_size)
+    assert torch.equal(model.load(tmp_path / "7B")[0](ids), net(ids))
+    cut(file)
+    with pytest.raises(config.Problem, match="cut off"):
+        model.load(tmp_path / "7B")
+
+
 def test_training_starts_from_a_published_folder(tmp_path, tokenizer):
     """One step of fine-tuning; what comes out is a folder of ours, with the tokenizer in it."""
     meta_folder(tmp_path / "llama" / "7B", ours(tokenizer.vocab_size), tokenizer, 2)
     said = tmp_path / "said.json"
-    said.write_text(json.dumps([dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}])] * 4))
-    train_sft.main(train_sft.SFTConfig(data=str(said), init=str(tmp_path / "llama" / "7B"), out=str(tmp_path / "out"),
-                                       steps=1, seq_len=512, batch_size=2, device="cpu", dtype="float32"))
+    record = dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}])
+    said.write_text(json.dumps([record] * 4))
+    train_sft.main(train_sft.SFTConfig(
+        data=str(said), init=str(tmp_path / "llama" / "7B"), out=str(tmp_path / "out"), steps=1, seq_len=512,
+        batch_size=2, device="cpu", dtype="float32"))
     net, path, meta = model.load(tmp_path / "out" / "said")
     assert meta["template"] == "vicuna_v1.1" and path.read_bytes() == tokenizer.path.read_bytes()
     assert net.config.n_kv_heads == 2 and net.config.max_seq_len == 2048
@@ -162,7 +179,8 @@ def meta_folder(folder: Path, net: model.LLaMA, tokenizer, shards: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(tokenizer.path, folder.parent / "tokenizer.model")
     c = net.config
-    params = dict(dim=c.dim, multiple_of=32, n_heads=c.n_heads, n_layers=c.n_layers, norm_eps=c.norm_eps, vocab_size=-1)
+    params = dict(dim=c.dim, multiple_of=32, n_heads=c.n_heads, n_layers=c.n_layers, norm_eps=c.norm_eps)
+    params["vocab_size"] = -1
     if c.n_kv_heads != c.n_heads:
         params["n_kv_heads"] = c.n_kv_heads
     (folder / "params.json").write_text(json.dumps(params))
@@ -199,6 +217,10 @@ def rewrite(file: Path, change) -> None:
     torch.save(state, file)
 
 
+def add(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    rewrite(folder / "pytorch_model.bin", lambda state: state.update({name: tensor}))
+
+
 def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -209,41 +231,59 @@ def cut(file: Path, share: float = 0.6) -> None:
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n"
 Q = "layers.1.self_attn.q_proj.weight"
+ADAPTER = '{"base_model_name_or_path": "lmsys/vicuna"}'
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {  # what happened: (layout, what is done to the folder, words of the message)
     "cut off": ("bin", lambda d: cut(d / "pytorch_model.bin"), "pytorch_model.bin cut off fetch"),
-    "cut off safetensors": ("safe", lambda d: cut(d / "model.safetensors"), "model.safetensors cut off bytes fetch"),
-    "cut off in the header": ("safe", lambda d: cut(d / "model.safetensors", 0.001), "model.safetensors cut off fetch"),
-    "empty": ("safe", lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors cut off fetch"),
-    "LFS pointer": ("safe", lambda d: (d / "model.safetensors").write_text(LFS), "model.safetensors Git-LFS git lfs pull"),
-    "LFS tokenizer": ("safe", lambda d: (d / "tokenizer.model").write_text(LFS), "tokenizer.model SentencePiece"),
+    "cut off safetensors": ("safe", lambda d: cut(d / "model.safetensors"),
+        "model.safetensors cut off bytes fetch"),
+    "cut off in the header": ("safe", lambda d: cut(d / "model.safetensors", 0.001),
+        "model.safetensors cut off fetch"),
+    "empty": ("safe", lambda d: (d / "model.safetensors").write_bytes(b""),
+        "model.safetensors cut off fetch"),
+    "LFS pointer": ("safe", lambda d: (d / "model.safetensors").write_text(LFS),
+        "model.safetensors Git-LFS git lfs pull"),
+    "LFS tokenizer": ("safe", lambda d: (d / "tokenizer.model").write_text(LFS),
+        "tokenizer.model SentencePiece"),
     "web page": ("bin", lambda d: (d / "pytorch_model.bin").write_text("<!DOCTYPE html><p>Quota exceeded"),
                  "pytorch_model.bin web page fetch"),
-    "code": ("bin", lambda d: torch.save({"a": Bomb()}, d / "pytorch_model.bin"), "pytorch_model.bin run system refused"),
-    "not weights": ("bin", lambda d: torch.save([1, 2], d / "pytorch_model.bin"), "pytorch_model.bin no named tensors"),
-    "missing shard": ("shards", lambda d: next(d.glob("*-00002-of-*")).unlink(), "1 of 3 00002-of-00003 fetch"),
+    "code": ("bin", lambda d: torch.save({"a": Bomb()}, d / "pytorch_model.bin"),
+        "pytorch_model.bin run system refused"),
+    "not weights": ("bin", lambda d: torch.save([1, 2], d / "pytorch_model.bin"),
+        "pytorch_model.bin no named tensors"),
+    "missing shard": ("shards", lambda d: next(d.glob("*-00002-of-*")).unlink(),
+        "1 of 3 00002-of-00003 fetch"),
     "no weights": ("safe", lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors fetch"),
     "no tokenizer": ("safe", lambda d: (d / "tokenizer.model").unlink(), "no tokenizer tokenizer.model"),
     "broken config": ("safe", lambda d: cut(d / "config.json"), "config.json damaged fetch"),
-    "missing tensor": ("bin", lambda d: rewrite(d / "pytorch_model.bin", lambda s: s.pop("model." + Q)), f"missing {Q}"),
-    "unknown tensor": ("bin", lambda d: rewrite(d / "pytorch_model.bin", lambda s: s.update({"model.extra": torch.ones(1)})),
+    "missing tensor": ("bin", lambda d: rewrite(d / "pytorch_model.bin", lambda s: s.pop("model." + Q)),
+        f"missing {Q}"),
+    "unknown tensor": ("bin", lambda d: add(d, "model.extra", torch.ones(1)),
                        "extra no place"),
-    "wrong shape": ("bin", lambda d: rewrite(d / "pytorch_model.bin", lambda s: s.update({"model." + Q: torch.ones(8, 64)})),
+    "wrong shape": ("bin", lambda d: add(d, "model." + Q, torch.ones(8, 64)),
                     "layers.1.attention.wq (8, 64) (64, 64)"),
     "adapter": ("safe", lambda d: ((d / "config.json").unlink(), (d / "model.safetensors").unlink(),
-                                   (d / "adapter_config.json").write_text('{"base_model_name_or_path": "lmsys/vicuna"}')),
+                                   (d / "adapter_config.json").write_text(ADAPTER)),
                 "LoRA adapter merge lmsys/vicuna"),
-    "adapter's tensors": ("bin", lambda d: torch.save({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
-                                                       torch.ones(2)}, d / "pytorch_model.bin"), "LoRA adapter merge"),
-    "half a config": ("safe", lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "config.json hidden_size"),
-    "architecture": ("safe", lambda d: edit(d / "config.json", model_type="mistral"), "config.json architecture mistral LLaMA"),
+    "adapter's tensors": ("bin", lambda d: torch.save({LORA: torch.ones(2)}, d / "pytorch_model.bin"),
+        "LoRA adapter merge"),
+    "half a config": ("safe", lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "config.json hidden_size"),
+    "architecture": ("safe", lambda d: edit(d / "config.json", model_type="mistral"),
+        "config.json architecture mistral LLaMA"),
     "rope": ("safe", lambda d: edit(d / "config.json", rope_scaling=dict(rope_type="yarn", factor=2.0)),
              "config.json rope scaling yarn"),
     "bias": ("safe", lambda d: edit(d / "config.json", attention_bias=True), "config.json bias"),
-    "quantised": ("safe", lambda d: edit(d / "config.json", quantization_config=dict(bits=4)), "quantised --quantize=q4"),
-    "tokenizer of another model": ("safe", lambda d: shutil.copy(MICRO / "tokenizer.model", d), "512 pieces another model"),
-    "half of Meta's shards": ("meta", lambda d: (d / "consolidated.01.pth").unlink(), "consolidated.00.pth 2 shards fetch"),
-    "first of Meta's shards": ("meta", lambda d: (d / "consolidated.00.pth").unlink(), "consolidated.00.pth fetch"),
-    "shards of another size": ("meta", lambda d: edit(d / "params.json", dim=128), "params.json dim 128 width 64"),
+    "quantised": ("safe", lambda d: edit(d / "config.json", quantization_config=dict(bits=4)),
+        "quantised --quantize=q4"),
+    "tokenizer of another model": ("safe", lambda d: shutil.copy(MICRO / "tokenizer.model", d),
+        "512 pieces another model"),
+    "half of Meta's shards": ("meta", lambda d: (d / "consolidated.01.pth").unlink(),
+        "consolidated.00.pth 2 shards fetch"),
+    "first of Meta's shards": ("meta", lambda d: (d / "consolidated.00.pth").unlink(),
+        "consolidated.00.pth fetch"),
+    "shards of another size": ("meta", lambda d: edit(d / "params.json", dim=128),
+        "params.json dim 128 width 64"),
     "no checkpoint": ("meta", lambda d: (d / "params.json").unlink(), "no checkpoint"),
 }
 
@@ -323,7 +363,8 @@ def test_loading_needs_the_memory_of_the_model_once(ending, tmp_path, tokenizer)
         torch.save(state, tmp_path / "pytorch_model.bin")
     else:
         pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", LOADS, str(ROOT), str(tmp_path), ""], capture_output=True, text=True)
+    command = [sys.executable, "-c", LOADS, str(ROOT), str(tmp_path), ""]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     peak, size = map(int, done.stdout.splitlines()[-1].split())
     assert 1.2e8 < size < 1.4e8 and peak < 1.5 * size, f"{peak / size:.2f} times the model"
@@ -365,6 +406,7 @@ def test_blocks_by_hand():
     assert block[:2].view(torch.float16) == 1  # -8 is the extreme: d = 1
     assert block[2] == 0 | 9 << 4 and block[3] == 15 | 8 << 4 and block[17] == 8 | 6 << 4
     assert torch.equal(convert.dequantize(block[None, None]), x)
+    assert torch.equal(convert.dequantize(convert.quantize_rows(-x, "Q4_0")), -x)  # +8 is the extreme: d = -1
     x[0, :4] = torch.tensor([127.0, -126.5, 0.5, -0.5])
     codes = convert.quantize_rows(x, "Q8_0")[0, 0, 2:].view(torch.int8)
     assert codes[:4].tolist() == [127, -127, 1, -1]  # halves go away from zero
@@ -414,10 +456,15 @@ def test_quantised_model(quantize, bits, tied, tmp_path, tokenizer, monkeypatch)
     assert len(list(fast.generate([[1, 5, 7]], 5, stop=()))) == 5
 
 
-def test_kernel_is_chosen_and_the_choice_is_said():
+def test_kernel_is_chosen_and_the_choice_is_said(monkeypatch):
+    """Where torch has no kernel, or one that computes something else, the readable blocks take over."""
     fast, why = convert.choose_kernel()
-    assert fast in (True, False) and ("faster" in why if fast else "unpacked" in why)
+    assert why == "multiplied by torch's int4 kernel" if fast else "unpacked" in why
     assert convert.choose_kernel("cuda")[0] is False
+    if fast:
+        monkeypatch.setattr(convert, "dequantize", lambda blocks, dtype: torch.ones(64, 64))
+        fast, why = convert.choose_kernel()
+        assert not fast and "wrong on this machine" in why
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------
@@ -440,7 +487,8 @@ def test_gguf_reads_back(quantize, tied, tmp_path, tokenizer):
         want = state[names[t.name]]
         assert tuple(reversed(t.shape.tolist())) == tuple(want.shape) and t.data_offset % 32 == 0
         vocabulary = names[t.name] in ("tok_embeddings.weight", "output.weight")
-        kind = "F32" if want.dim() == 1 else {None: "F16", "q8": "Q8_0", "q4": "Q8_0" if vocabulary else "Q4_0"}[quantize]
+        matrices = {None: "F16", "q8": "Q8_0", "q4": "Q8_0" if vocabulary else "Q4_0"}
+        kind = "F32" if want.dim() == 1 else matrices[quantize]
         assert t.tensor_type.name == kind, t.name
         assert (t.data.tobytes() == gguf.quants.quantize(want.numpy(), t.tensor_type).tobytes()), t.name
     keys = {name: field.contents() for name, field in reader.fields.items()}
@@ -476,8 +524,8 @@ def published_minigpt4(folder: Path, tokenizer):
     and Hugging Face lay theirs out, with everything those files hold beside."""
     transformers = pytest.importorskip("transformers")
     slot = tokenizer.vocab_size - 1  # transformers marks image slots with a piece
-    text = dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=256, rms_norm_eps=1e-6,
-                vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    text = dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=256,
+                rms_norm_eps=1e-6, vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
     twin = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(
         text_config=transformers.LlamaConfig(**text), num_query_tokens=32, image_token_index=slot,
         vision_config=dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=2, num_attention_heads=16,
@@ -491,7 +539,8 @@ def published_minigpt4(folder: Path, tokenizer):
             if name.endswith("qkv.bias"):
                 p[1408:2816] = 0  # there is no bias for k
     twin.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; transformers gives it the ViT's
-    theirs = {re.sub(r"^model\.(vision_model|qformer|query_tokens|language)", r"\1", k): v for k, v in twin.state_dict().items()}
+    theirs = {re.sub(r"^model\.(vision_model|qformer|query_tokens|language)", r"\1", name): w
+              for name, w in twin.state_dict().items()}
     eva, blip2, own, llama = {}, {}, {}, {}
     for name, w in theirs.items():
         if name.startswith("vision_model.post_layernorm."):
@@ -500,14 +549,16 @@ def published_minigpt4(folder: Path, tokenizer):
             stem = name.replace("vision_model.encoder.layers", "blocks").replace("self_attn.qkv.bias", "attn.")
             eva[stem + "q_bias"], eva[stem + "v_bias"] = w[:1408].clone(), w[2816:].clone()
         elif name.startswith("vision_model."):
-            for a, b in [("vision_model.", ""), ("encoder.layers", "blocks"), ("layer_norm", "norm"), ("self_attn.qkv", "attn.qkv"),
-                         ("self_attn.projection", "attn.proj"), ("embeddings.class_embedding", "cls_token"),
-                         ("embeddings.position_embedding", "pos_embed"), ("embeddings.patch_embedding", "patch_embed.proj")]:
+            for a, b in [("vision_model.", ""), ("encoder.layers", "blocks"), ("layer_norm", "norm"),
+                         ("self_attn.qkv", "attn.qkv"), ("self_attn.projection", "attn.proj"),
+                         ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
+                         ("embeddings.patch_embedding", "patch_embed.proj")]:
                 name = name.replace(a, b)
             eva[name] = w
         elif name.startswith(("qformer.", "query_tokens")):
-            for a, b in [("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"), ("qformer.encoder", "Qformer.bert.encoder"),
-                         (".attention.attention.", ".attention.self."), (".crossattention.attention.", ".crossattention.self.")]:
+            for a, b in [("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
+                         ("qformer.encoder", "Qformer.bert.encoder"), (".attention.attention.", ".attention.self."),
+                         (".crossattention.attention.", ".crossattention.self.")]:
                 name = name.replace(a, b)
             blip2[name] = w
         elif "language_projection" in name:
@@ -525,8 +576,8 @@ def published_minigpt4(folder: Path, tokenizer):
     torch.save(llama, folder / "vicuna" / "pytorch_model.bin")
     torch.save(eva, folder / "eva_vit_g.pth")
     torch.save({"model": blip2}, folder / "blip2_pretrained_flant5xxl.pth")
-    torch.save({"model": {**own, **positions}, "optimizer": {"state": {}}, "config": {"run": {"lr": 3e-5}}, "scaler": None,
-                "epoch": 4}, folder / "prerained_minigpt4_7b.pth")
+    torch.save({"model": {**own, **positions}, "optimizer": {"state": {}}, "config": {"run": {"lr": 3e-5}},
+                "scaler": None, "epoch": 4}, folder / "prerained_minigpt4_7b.pth")
     return twin, slot
 
 
@@ -554,8 +605,9 @@ def test_minigpt4(tmp_path, tokenizer):
         (tmp_path / "m" / file).write_bytes(kept)
         assert all(word in str(problem.value) for word in (file, *words)), problem.value
 
-    spoilt("prerained_minigpt4_7b.pth", lambda s: s.update({"llama_proj.weight": torch.ones(5120, 768)}), "5120", "4096", "13B")
-    spoilt("prerained_minigpt4_7b.pth", lambda s: s.pop("llama_proj.bias"), "llama_proj.bias")
+    own, larger = "prerained_minigpt4_7b.pth", {"llama_proj.weight": torch.ones(5120, 768)}
+    spoilt(own, lambda s: s.update(larger), "5120", "4096", "13B")
+    spoilt(own, lambda s: s.pop("llama_proj.bias"), "llama_proj.bias")
     spoilt("eva_vit_g.pth", lambda s: s.pop("blocks.1.attn.q_bias"), "blocks.1.attn.q_bias", "missing")
     spoilt("eva_vit_g.pth", lambda s: s.update({"blocks.0.rope": torch.ones(1)}), "blocks.0.rope", "no place")
     spoilt("blip2_pretrained_flant5xxl.pth", lambda s: s.pop("query_tokens"), "query_tokens", "missing")
@@ -580,7 +632,8 @@ def test_published_sizes():
     assert round((sum(map(math.prod, blip2.values())) * 4 + beside) / 2 ** 20, 2) == 413.19
     start = "Qformer.bert.encoder.layer."
     assert blip2[start + "10.crossattention.self.key.weight"] == (768, 1408)
-    assert blip2[start + "11.output_query.LayerNorm.bias"] == (768,) and start + "11.crossattention.self.key.bias" not in blip2
+    assert blip2[start + "11.output_query.LayerNorm.bias"] == (768,)
+    assert start + "11.crossattention.self.key.bias" not in blip2
     assert {re.sub(r"\d+", "L", name) for name in blip2} == {"query_tokens", *(
         f"{stem}.{leaf}" for leaf in ("weight", "bias") for stem in (
             "ln_vision", "Qformer.bert.embeddings.LayerNorm", *("Qformer.bert.encoder.layer.L." + part for part in (
@@ -592,9 +645,11 @@ def test_published_sizes():
 
 # -- the real llama.cpp --------------------------------------------------------------------------------------
 
-needs_llama_cpp = pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of node-llama-cpp")
-ODD = ["", " ", "  two", "tab\tand\nlines\r\n\n\n", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧", "a\u00a0b", "1234567890", "x" * 300,
-       "</s> <s> <unk> <0x0A>", "USER: hi ASSISTANT:", "\u200bzero", "İstanbul ﬁ", "end ", "…“quotes”…", "\x00\x01", "مرحبا"]
+needs_llama_cpp = pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no node-llama-cpp")
+ODD = ["", " ", "  two", "tab\tand\nlines\r\n\n\n",
+       "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧", "a\u00a0b", "1234567890", "x" * 300,
+       "</s> <s> <unk> <0x0A>", "USER: hi ASSISTANT:", "\u200bzero", "İstanbul ﬁ", "end ", "…“quotes”…",
+       "\x00\x01", "مرحبا"]
 
 
 def varied_texts(n: int = 200) -> list[str]:
@@ -618,7 +673,8 @@ def test_llama_cpp_reads_and_says_the_same(talker, tmp_path):
     tokenizer, texts = data.Tokenizer(path), varied_texts()
     questions = ["Who are you?", "Tell me a story.", "There is a small red square on the left. What is on the left?",
                  "What is three plus four?", "Hello! My name is Ada."]
-    prompts = [data.render(data.Conversation([data.Turn("user", q)]), meta["template"], tokenizer).tokens for q in questions]
+    prompts = [data.render(data.Conversation([data.Turn("user", q)]), meta["template"], tokenizer).tokens
+               for q in questions]
     convert.write_gguf(talker, tmp_path / "m.gguf")
     said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, prompts=prompts, max_tokens=50))
     assert said["template"] == convert.jinja(meta["template"])
@@ -641,8 +697,8 @@ def test_llama_cpp_renders_the_same_prompt(talker, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     tokenizer = data.Tokenizer(model.load(talker)[1])
     convert.write_gguf(talker, tmp_path / "m.gguf")
-    texts = [jinja2.Template(convert.jinja("vicuna_v1.1")).render(messages=[dict(role=r, content=t) for r, t in chat])
-             for chat in CHATS]
+    spell = jinja2.Template(convert.jinja("vicuna_v1.1")).render
+    texts = [spell(messages=[dict(role=role, content=text) for role, text in chat]) for chat in CHATS]
     said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, special=True))
     for chat, ids in zip(CHATS, said["tokens"]):
         ours = data.render(data.Conversation([data.Turn(r, t) for r, t in chat]), "vicuna_v1.1", tokenizer).tokens
@@ -652,7 +708,7 @@ def test_llama_cpp_renders_the_same_prompt(talker, tmp_path):
 @needs_llama_cpp
 @pytest.mark.parametrize("quantize", ["q8", "q4"])
 def test_llama_cpp_agrees_on_fewer_bits(quantize, talker, tmp_path):
-    """The same blocks, multiplied by other kernels (llama.cpp rounds activations to 8 bits): perplexity within 1 %."""
+    """The same blocks, other kernels (llama.cpp rounds activations to 8 bits): perplexity within 1 %."""
     net, path, meta = model.load(talker, quantize=quantize)
     tokenizer = data.Tokenizer(path)
     import toy
@@ -660,7 +716,8 @@ def test_llama_cpp_agrees_on_fewer_bits(quantize, talker, tmp_path):
     for item in toy.test_set("scenes", 12):
         turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
         turns.append(data.Turn("assistant", item.question.full))
-        rows.append(data.render(data.Conversation(turns), meta["template"], tokenizer).tokens[:net.config.max_seq_len])
+        ids = data.render(data.Conversation(turns), meta["template"], tokenizer).tokens
+        rows.append(ids[:net.config.max_seq_len])
     convert.write_gguf(talker, tmp_path / "m.gguf", quantize)
     theirs = sum(sum(nll) for nll in convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), score=rows))["nll"])
     with torch.no_grad():

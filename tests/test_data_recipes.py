@@ -248,6 +248,32 @@ def test_saved_and_loaded_again(tmp_path_factory, chats):
         assert data.load_conversations(file, report := data.Report()) == given_ and not report
 
 
+def test_the_last_round_is_not_lost():
+    """Five equal rounds with room for two: the original wrote rounds 1-2 and 3-4, and lost the fifth."""
+    texts = [f"{word} is it?" for word in ("Who", "It", "Why", "So", "How", "Thus", "What", "That", "When", "Now")]
+    size = lambda n: len(data.render(conversation(*texts[:n]), "vicuna_v1.1", SHARED).tokens)
+    pieces = list(data.split(conversation(*texts, id="c"), "vicuna_v1.1", SHARED, size(4) + 3, report := data.Report()))
+    assert [[t.text for t in p.turns] for p in pieces] == [texts[:4], texts[4:8], texts[8:]]
+    assert [p.id for p in pieces] == ["c_0", "c_4", "c_8"] and report == {"split": 1}
+
+
+def test_a_reply_that_is_cut_has_no_end(tmp_path):
+    """Who learns </s> in mid-sentence stops there. The mark survives a file."""
+    (piece,) = data.split(conversation("What is it?", "a cat and " * 200), "vicuna_v1.1", SHARED, 150, data.Report())
+    data.save_conversations([piece], tmp_path / "c.json")
+    for c in (piece, *data.load_conversations(tmp_path / "c.json")):
+        tokens, labels = data.render(c, "vicuna_v1.1", SHARED)
+        assert 140 < len(tokens) <= 150 and SHARED.eos not in tokens and labels[-1] == tokens[-1]
+
+
+def test_markdown_about_html_is_not_converted_again():
+    pytest.importorskip("markdownify")
+    c = conversation("How do I write a paragraph?", "<p>&lt;p&gt;So it is done.&lt;/p&gt;</p>")
+    once = data.clean([c], data.Report())
+    assert once[0].turns[1].text == "<p>So it is done.</p>"
+    assert data.clean(once, data.Report()) == once
+
+
 # -- templates of the other models ---------------------------------------------------------------------------
 
 V0 = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "

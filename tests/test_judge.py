@@ -774,7 +774,7 @@ def test_failures_of_captions():
 
 def test_chair_counts_objects_that_are_not_there():
     captions = ["There is a large red circle and a small blue star.", "A pink moon.", "Nothing."]
-    present = [{("red", "circle")}, {("pink", "moon"), ("red", "ring")}, set()]
+    present = [{("red", "circle")}, {("pink", "moon"), ("red", "ring"), ("blue", "ring")}, set()]
     figures = judge.chair(captions, present)
     assert figures == dict(
         instances=pytest.approx(1 / 3), mentioned=3, sentences=pytest.approx(1 / 3), words=5

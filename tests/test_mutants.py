@@ -215,7 +215,7 @@ DATA = [
      "labels[row, 1:1 + end - begin] = ids[begin:end]",
      "test_windows"),
     ("replies in another order",
-     "replies[i] = tokenizer", "replies[at + group.index(i)] = tokenizer",
+     "replies[i], found = said(", "replies[at + group.index(i)], found = said(",
      "test_chat"),
 
     # files
@@ -224,7 +224,7 @@ DATA = [
      "test_mended_conversations"),
     ("a record that is cut off is skipped",
      "fail(error.msg, error.pos)", "return",
-     "test_data_files.py::test_bad_file"),
+     "test_bad_files"),
     ("unranked replies count among rivals",
      'alone and rank(r) == float("inf")', 'rank(r) == float("inf")',
      "test_data_files.py::test_paths_through_a_tree"),
@@ -235,27 +235,27 @@ DATA = [
     # recipes
     ("an end in mid-sentence is learned",
      'if conversation.extra.get("cut") and', "if False and",
-     "test_data_files.py::test_bad_input"),
+     "test_data_recipes.py::test_a_reply_that_is_cut_has_no_end"),
     ("a long prompt cuts its neighbour's reply",
      "if len(prompts[i]) + max_new_tokens <= limit]", "]",
      "test_data_recipes.py::test_asking_near_the_end_of_the_context"),
     ("the last round is lost",
      "pieces.append(c.turns[2 * begin:])\n", "pieces = pieces or [c.turns]\n",
-     "test_data_recipes.py::test_splitting_loses_no_round"),
+     "test_data_recipes.py::test_the_last_round_is_not_lost"),
     ("Markdown is taken for HTML the second time",
      'c = replace(c, extra={**c.extra, "format": "markdown"})', "pass",
-     "test_data_recipes.py::test_cleaning_twice_changes_nothing_more"),
+     "test_data_recipes.py::test_markdown_about_html_is_not_converted_again"),
 ]
 
 SAMPLE = [
     ("the chat believes that everything was read",
-     "self.read = (prompt + ids)[:self.cache.length]", "self.read = prompt + ids",
+     "self.read = (marks + ids)[:self.cache.length]", "self.read = marks + ids",
      "test_cache_changes_nothing"),
     ("the cache is not cut where the chat forks",
      "self.cache.truncate(same)\n", "pass\n",
      "test_undo_retry_reset"),
     ("everything is read again",
-     "prompt[same] == self.read[same]:", "False:",
+     "marks[same] == self.read[same]:", "False:",
      "test_a_turn_reads_only_what_is_new"),
     ("half a letter is printed",
      'if text.endswith("\\ufffd"):', "if False:",
@@ -326,8 +326,47 @@ VISION = [
      "test_preprocessing_equals_golden_values"),
 ]
 
+CONVERT = [
+    ("q and k left in Hugging Face's order",
+     'return interleave(weight, config.n_heads if "wq" in name else config.n_kv_heads)', "return weight",
+     "test_hugging_face[tinyllama-False-1-True]"),
+    ("k permuted as if it had all heads",
+     'config.n_heads if "wq" in name else config.n_kv_heads)', "config.n_heads)",
+     "test_hugging_face[tinyllama-False-1-True]"),
+    ("linear rope scaling ignored",
+     'float(rope["factor"]) if kind == "linear" else 1.0', "1.0",
+     "test_hugging_face[vicuna-v1.5-16k-False-1-True]"),
+    ("unknown tensors ignored",
+     "        if unknown:\n", "        if False:\n",
+     "test_bad_files[unknown tensor]"),
+    ("Meta's shards in the wrong order",
+     "for shard in shards], dim", "for shard in reversed(shards)], dim",
+     "test_meta"),
+    ("halves rounded to even",
+     "codes = (whole + (2 * (scaled.abs() - whole)).floor()) * scaled.sign()", "codes = scaled.round()",
+     "test_blocks_by_hand"),
+    ("neighbours share a byte",
+     "codes[..., :16] | codes[..., 16:] << 4", "codes[..., ::2] | codes[..., 1::2] << 4",
+     "test_blocks_by_hand"),
+    ("the scale of a block without its sign",
+     "d = extreme / -8", "d = extreme.abs() / 8",
+     "test_blocks_by_hand"),
+    ("output matrix in four bits",
+     'name in ("tok_embeddings.weight", "output.weight")', 'name == "tok_embeddings.weight"',
+     "test_quantised_model"),
+    ("low half of an eight-bit code moved by 8",
+     "(low, d, 8 * d)", "(low, d, 0 * d)",
+     "test_fast_kernel_equals_readable_blocks"),
+    ("GGUF's dimensions in torch's order",
+     "*reversed(shape)", "*shape",
+     "test_gguf_reads_back"),
+    ("GGUF without the padding rows' names",
+     '[f"[PAD{i}]" for i in padding]', '["[PAD]" for i in padding]',
+     "test_gguf_reads_back"),
+]
+
 BUGS = [Bug(file, *bug) for file, bugs in {"model.py": MODEL, "data.py": DATA, "sample.py": SAMPLE,
-                                           "vision.py": VISION}.items() for bug in bugs]
+                                           "vision.py": VISION, "convert.py": CONVERT}.items() for bug in bugs]
 
 
 def run_tests(code: str, file: Path, tests: list[str]) -> tuple[int, str]:
