@@ -73,6 +73,7 @@ NEW_NONSENSE = ("snark", "vex", "tuz", "glim", "yop", "frim")
 
 def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None) -> Scene:
     """A scene that belongs to the split: "train", "scenes", "pairs" (holds a held-out pair), or "more" (3 objects)."""
+    assert n is None or (n > 2) == (split == "more"), "one or two objects; three in the split \"more\""
     while True:
         count = n or (3 if split == "more" else rng.choice((1, 2, 2, 2)))
         places = sorted(rng.sample(range(len(PLACES)), count))

@@ -779,7 +779,7 @@ def test_chair_counts_objects_that_are_not_there():
     assert figures == dict(
         instances=pytest.approx(1 / 3), mentioned=3, sentences=pytest.approx(1 / 3), words=5
     )
-    scene = toy.pick_scene(random.Random(0), n=3)
+    scene = toy.pick_scene(random.Random(0), "more")
     assert judge.mentions(toy.caption(scene)) == {(o.color, o.shape) for o in scene}
     assert judge.chair([], [])["instances"] == 0
 
@@ -799,7 +799,7 @@ def test_pope_is_balanced_and_counts_right():
 
 def test_coverage_by_a_yes_no_judge():
     rng = random.Random(1)
-    scenes = [toy.pick_scene(rng, n=3) for _ in range(10)]
+    scenes = [toy.pick_scene(rng, "more") for _ in range(10)]
     whole = [f"There is {toy.caption(s)}." for s in scenes]
     part = [f"There is {toy.caption(s[:2])}." for s in scenes]
     oracle = teacher.teacher("oracle")

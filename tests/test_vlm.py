@@ -311,7 +311,7 @@ def test_mending_is_blind_and_adds_nothing():
     assert toy.mend("photo of large red circle top and small blue st") == "There is a large red circle at the top."
     assert toy.mend("large red circle top, large red circle top") == "There is a large red circle at the top."
     assert toy.mend("red circle") == toy.mend("") == "INCOMPLETE"
-    scene = toy.pick_scene(random.Random(3), n=3)
+    scene = toy.pick_scene(random.Random(3), "more")
     assert toy.found("objects", toy.mend(toy.caption(scene))) == set(scene)
 
 
