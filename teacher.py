@@ -12,6 +12,7 @@
 written down at once. A reply that could not be had is None, and `ask.why` says why.
 """
 
+import dataclasses
 import email.utils
 import http.client
 import json
@@ -34,6 +35,7 @@ import torch
 import data
 import model
 import toy
+import vision
 from config import Problem, run
 
 
@@ -200,12 +202,15 @@ def seconds_of(header: Optional[str]) -> Optional[float]:
 # -- a checkpoint --------------------------------------------------------------------------------------------
 
 class Checkpoint:
-    """A model of ours. One that has only been pre-trained sees plain text, and its answer is one line."""
+    """A model of ours. One that has only been pre-trained sees plain text, and its answer is one line. One with eyes
+    (train_vlm.py) also looks at extra["image"], a picture file that the first turn is about."""
 
     def __init__(self, folder: str, temperature: float, max_new_tokens: int, batch: int = 40):
         step = model.find(folder)
-        self.net, path, meta = model.load(step)
-        self.net.to("cuda" if torch.cuda.is_available() else "cpu")
+        sees = "vision" in model.read_meta(step).get("settings", {})
+        net, path, meta = (vision if sees else model).load(step)
+        net.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.eyes, self.net = net if sees else None, getattr(net, "llama", net)
         self.tokenizer, self.template = data.Tokenizer(path), meta["template"]
         self.temperature, self.max_new_tokens, self.batch, self.why = temperature, max_new_tokens, batch, ""
         with zipfile.ZipFile(step / "model.pt") as z:  # the zip's own checksums tell two trainings apart
@@ -213,7 +218,7 @@ class Checkpoint:
         self.name = f"{(step.parent if step.name.startswith('step-') else step).name}:{checksum:08x}"
 
     def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
-        refuse_pictures(self.name, conversations)
+        conversations, images = self.look(conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
         plain, limit, fits = self.template == "plain", self.net.config.max_seq_len, []
         if plain:
@@ -230,12 +235,31 @@ class Checkpoint:
             group = order[at:at + self.batch]
             texts, ended = data.chat(self.net, self.tokenizer, self.template,
                                      [conversations[i] for i in group], self.max_new_tokens, self.batch,
-                                     temperature=self.temperature)
+                                     [images[i] for i in group], temperature=self.temperature)
             for i, text, end in zip(group, texts, ended):
                 replies[i] = Reply(text.strip().split("\n")[0] if plain else text, end)
                 if keep:
                     keep(i, replies[i])
         return replies
+
+
+    @torch.inference_mode()
+    def look(self, conversations: Asked) -> tuple[list[data.Conversation], list[Optional[torch.Tensor]]]:
+        """The conversations with image slots, and the vectors for them: (Q, C) each, or None without a picture."""
+        if not self.eyes:
+            refuse_pictures(self.name, conversations)
+            return list(conversations), [None] * len(conversations)
+        size, weight, asked, images = self.eyes.vit.config.image_size, self.eyes.llama_proj.weight, [], []
+        for c in conversations:
+            picture = c.extra.get("image")
+            images.append(None)
+            if picture:
+                pixels = vision.load_image(picture, size)[None].to(weight.device, weight.dtype)
+                images[-1] = self.eyes.encode(pixels)
+                first = c.turns[0]._replace(slots=self.eyes.n_queries)
+                c = dataclasses.replace(c, turns=[first, *c.turns[1:]])
+            asked.append(c)
+        return asked, images
 
 
 # -- the toy world's oracle ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import config
 import data
 import model
 import sample
+import teacher
 import toy
 import train_sft
 import train_vlm
@@ -407,6 +408,30 @@ def test_pictures_in_a_chat(speech, pictures, tmp_path):
     loaded.load(str(tmp_path / "chat.json"))
     assert loaded.turns == chat.turns and loaded.prompt() == chat.prompt()
     assert torch.equal(torch.cat([p.vectors for p in loaded.pictures]), torch.cat([p.vectors for p in chat.pictures]))
+
+
+def test_a_player_sees(speech, encoder, pictures, tmp_path):
+    """A folder with eyes answers questions about picture files as the chat does; one without says that it cannot."""
+    net = eyes(speech)
+    torch.nn.init.normal_(net.llama_proj.weight)
+    parts = dict(llama=model.find(MICRO), vision=model.find(encoder))
+    settings = {name: str(path) for name, path in parts.items()}
+    settings.update({f"{name}_crc": model.fingerprint(path) for name, path in parts.items()})
+    weights = {f"llama_proj.{name}": w for name, w in net.llama_proj.state_dict().items()}
+    model.save(tmp_path / "seeing", net, dict(step=1, template="vicuna_v1.1", settings=settings, finished=True),
+               speech.tokenizer.path, weights=weights)
+    asked = [data.Conversation([data.Turn("user", "What is it?")], extra=dict(image=path) if path else {})
+             for path in (pictures[0], None, pictures[1])]
+    replies = teacher.teacher(str(tmp_path / "seeing"), max_new_tokens=8)(asked)
+    chat = sample.open_chat(sample.SampleConfig(ckpt=str(tmp_path / "seeing"), max_new_tokens=8))
+    for path, reply in zip((pictures[0], None, pictures[1]), replies):
+        chat.reset()
+        if path:
+            chat.look(path)
+        assert say(chat, "What is it?").strip() == reply.text.strip()
+    assert replies[0].text != replies[1].text
+    with pytest.raises(config.Problem, match="cannot see"):
+        teacher.teacher(str(MICRO), max_new_tokens=8)(asked)
 
 
 def test_another_picture_in_the_same_place_is_looked_at(speech, pictures):
