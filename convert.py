@@ -110,14 +110,14 @@ def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
 
 class File:
     """One file of weights. What was read of a mapping counts as our memory until the mapping goes, so it is
-    made anew after every 32 MB."""
+    made anew after every 16 MB."""
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
         self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 25 and self.mapped:
+        if self.read > 2 ** 24 and self.mapped:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
