@@ -110,14 +110,14 @@ def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
 
 class File:
     """One file of weights. What was read of a mapping counts as our memory until the mapping goes, so it is
-    made anew after every 32 MB."""
+    made anew after every 16 MB."""
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
         self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 25 and self.mapped:
+        if self.read > 2 ** 24 and self.mapped:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
@@ -406,7 +406,9 @@ def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str
     """Gives a network on the meta device its weights, one after the other."""
     shapes, state = {name: p.shape for name, p in net.state_dict().items()}, {}
     large = sum(s.numel() for s in shapes.values()) > 1e8
-    for name in tqdm(shapes, desc=f"reading {where}", leave=False, disable=not large):
+    # the largest first, while there is room for what is needed on the way
+    order = sorted(shapes, key=lambda name: -shapes[name].numel())
+    for name in tqdm(order, desc=f"reading {where}", leave=False, disable=not large):
         weight = fetch(name)
         if weight.shape != shapes[name]:
             raise Problem(f"{where}: {name} is {tuple(weight.shape)}, but this model needs "
@@ -604,17 +606,10 @@ class QuantLinear(nn.Module):
         self.parts = 0
         if not fast:
             return
-        codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -self.rows % 16)))  # the kernel wants 16s of rows
-        halves = [(codes + 8, d, 0 * d)]
-        if kind == "Q8_0":
-            low = codes & 15
-            halves = [(((codes - low) >> 4) + 8, 16 * d, 0 * d), (low, d, 8 * d)]
-        for part, (code, scale, zero) in enumerate(halves):
-            packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(slab.flatten(1).int(), 2)
-                      for slab in code.split(SLAB)]
-            self.register_buffer(f"codes{part}", torch.cat(packed), persistent=False)
-            scales = torch.cat((scale, zero), -1).transpose(0, 1).bfloat16().contiguous()  # (K/32, N, 2)
-            self.register_buffer(f"scales{part}", scales, persistent=False)
+        for slabs in zip(*map(pack, blocks.split(SLAB))):
+            codes, scales = zip(*slabs)
+            self.register_buffer(f"codes{self.parts}", torch.cat(codes), persistent=False)
+            self.register_buffer(f"scales{self.parts}", torch.cat(scales, dim=1), persistent=False)
             self.parts += 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -625,6 +620,20 @@ class QuantLinear(nn.Module):
         y = sum(multiply(flat, getattr(self, f"codes{part}"), 32, getattr(self, f"scales{part}"))
                 for part in range(self.parts))
         return y[:, :self.rows].reshape(*x.shape[:-1], self.rows).to(x.dtype)
+
+
+def pack(blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What torch's kernel wants of (N, K/32, bytes): codes in its own order, and scale and zero (K/32, N, 2); once
+    for Q4_0, for Q8_0 twice."""
+    codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -len(blocks) % 16)))  # it takes rows by the sixteen
+    halves = [(codes + 8, d, 0 * d)]
+    if blocks.shape[-1] == BLOCKS["Q8_0"].bytes:
+        low = codes & 15
+        halves = [(((codes - low) >> 4) + 8, 16 * d, 0 * d), (low, d, 8 * d)]
+    order = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    return [(order(code.flatten(1).int(), 2),
+             torch.cat((scale, zero), -1).transpose(0, 1).bfloat16().contiguous())
+            for code, scale, zero in halves]
 
 
 def choose_kernel(device: str = "cpu") -> tuple[bool, str]:

@@ -336,14 +336,18 @@ def test_check_names_the_classic_failures(tmp_path):
 # -- memory --------------------------------------------------------------------------------------------------
 
 LOADS = """
-import sys, resource
+import sys
 sys.path.insert(0, sys.argv[1])
 import torch, model, convert
+
+def megabytes(what):  # not getrusage: that begins with what the parent process had used
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) / 1024
+
 torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.count(model.LLaMAConfig())  # the first use of the meta device loads 70 MB of torch's own
+before = megabytes("VmRSS")
 net = model.load(sys.argv[2], dtype=torch.bfloat16, quantize=sys.argv[3] or None)[0]
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024, convert.size(net))
+print(megabytes("VmHWM") - before, convert.size(net) / 2 ** 20)
 """
 
 
@@ -366,8 +370,8 @@ def test_loading_needs_the_memory_of_the_model_once(ending, tmp_path, tokenizer)
     command = [sys.executable, "-c", LOADS, str(ROOT), str(tmp_path), ""]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    peak, size = map(int, done.stdout.splitlines()[-1].split())
-    assert 1.2e8 < size < 1.4e8 and peak < 1.5 * size, f"{peak / size:.2f} times the model"
+    peak, size = map(float, done.stdout.splitlines()[-1].split())
+    assert 120 < size < 130 and size < peak < 1.4 * size, f"{peak:.0f} MB for a model of {size:.0f} MB"
 
 
 # -- eight and four bits -------------------------------------------------------------------------------------
