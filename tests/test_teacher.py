@@ -222,6 +222,7 @@ def test_one_bad_question_does_not_stop_the_others(fake):
 def test_ctrl_c_keeps_what_is_under_way(fake):
     fake.delay = 0.5
     kept = {}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
     threading.Timer(0.25, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         client(fake, workers=2)(asking(*"abcdefgh"), kept.__setitem__)

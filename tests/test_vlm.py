@@ -157,9 +157,9 @@ def test_published_ids():
 
 def test_symbols_are_not_the_captions_order():
     """Four for each place, last place first; the words of a place in another order than the captions' too."""
-    scene = (toy.Object("small", "red", "ring", "top"), toy.Object("large", "blue", "moon", "middle"))
+    scene = (toy.Object("small", "red", "ring", "top"), toy.Object("large", "blue", "moon", "bottom"))
     said = train_vlm.scene_symbols(scene)
-    assert said[:4] == ["moon", "middle", "blue", "large"] and said[16:] == ["ring", "top", "red", "small"]
+    assert said[:4] == ["moon", "bottom", "blue", "large"] and said[16:] == ["ring", "top", "red", "small"]
     assert said[4:16] == ["nothing"] * 12 and len(said) == vision.QFormerConfig().n_queries
 
 
