@@ -623,7 +623,7 @@ class QuantLinear(nn.Module):
 
 
 def pack(blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What torch's kernel wants of (N, K/32, bytes): codes in an order of its own, and scale and zero, bfloat16
+    """What torch's kernel wants of (N, K/32, bytes): codes in its own order, scale and zero in bfloat16
     (K/32, N, 2); once for Q4_0, twice for Q8_0."""
     codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -len(blocks) % 16)))  # it takes rows by the sixteen
     halves = [(codes + 8, d, 0 * d)]
