@@ -623,8 +623,8 @@ class QuantLinear(nn.Module):
 
 
 def pack(blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What torch's kernel wants of (N, K/32, bytes): codes in its own order, and scale and zero (K/32, N, 2); once
-    for Q4_0, for Q8_0 twice."""
+    """What torch's kernel wants of (N, K/32, bytes): codes in its own order, scale and zero in bfloat16
+    (K/32, N, 2); once for Q4_0, twice for Q8_0."""
     codes, d = decode(F.pad(blocks, (0, 0, 0, 0, 0, -len(blocks) % 16)))  # it takes rows by the sixteen
     halves = [(codes + 8, d, 0 * d)]
     if blocks.shape[-1] == BLOCKS["Q8_0"].bytes:
