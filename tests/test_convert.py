@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 import convert
@@ -530,7 +531,7 @@ def published_minigpt4(folder: Path, tokenizer):
     transformers = pytest.importorskip("transformers")
     slot = tokenizer.vocab_size - 1  # transformers marks image slots with a piece
     text = dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=256,
-                rms_norm_eps=1e-6, vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+                rms_norm_eps=1e-6, vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
     twin = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(
         text_config=transformers.LlamaConfig(**text), num_query_tokens=32, image_token_index=slot,
         vision_config=dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=2, num_attention_heads=16,
@@ -600,6 +601,10 @@ def test_minigpt4(tmp_path, tokenizer):
     close(got, want, "the four files together differ from Blip2 + LLaMA", 2e-5)
     assert not torch.allclose(got, blind, rtol=1e-2)  # the picture is seen
     assert path.parent.name == "vicuna" and not net.training
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    said = sample.main(sample.SampleConfig(ckpt=str(tmp_path / "m"), image=str(tmp_path / "red.png"), quantize="q4",
+                                           prompt="What is this?", max_new_tokens=4))
+    assert said["rounds"] == 1 and meta["template"] == "minigpt4"
     del twin, net
 
     def spoilt(file: str, change, *words: str) -> None:
