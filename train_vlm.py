@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import judge
 import model
 import teacher
 import toy
@@ -526,41 +527,6 @@ def exact(scene: toy.Scene, reply: str) -> bool:
     return toy.found("objects", reply) == set(scene)
 
 
-def hallucinated(scenes: Sequence, replies: Sequence[str]) -> tuple[float, float]:
-    """CHAIR (Rohrbach et al. 2018): the share of things mentioned that are not there, and of replies with one or
-    more. A thing is a colour on a shape."""
-    mention = re.compile(rf"\b({'|'.join(toy.COLORS)}) ({'|'.join(toy.SHAPES)})\b")
-    said = [mention.findall(r.lower()) for r in replies]
-    wrong = [[m for m in row if m not in {(o.color, o.shape) for o in s}] for row, s in zip(said, scenes)]
-    return sum(map(len, wrong)) / max(1, sum(map(len, said))), sum(map(bool, wrong)) / len(replies)
-
-
-def failed(scene: toy.Scene, reply: str, ended: bool) -> str:
-    """Why a description is a failure, "" when it is none: the paper's kinds, the first that applies."""
-    words = reply.lower().split()
-    fours = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
-    if not ended:
-        return "does not stop"
-    if len(set(fours)) < len(fours):
-        return "repeats itself"
-    if not toy.found("objects", reply) or not reply.rstrip().endswith((".", "!")):
-        return "is a fragment"
-    return "" if exact(scene, reply) else "is wrong"
-
-
-def pope(n: int, seed: int = 2) -> tuple[list, list]:
-    """Scenes with a yes/no question about presence (Li et al. 2023, POPE), half of them to be denied; absent is
-    mostly a colour and a shape that are both there, on different things."""
-    rng, scenes, questions = random.Random(seed), [], []
-    while len(scenes) < n:
-        scene = toy.pick_scene(rng, "scenes")
-        q = toy.ask_scene("exists", scene, rng)
-        if q and q.truth["yesno"] == {"yes" if len(scenes) % 2 else "no"}:
-            scenes.append(scene)
-            questions.append(q)
-    return scenes, questions
-
-
 def look(net: vision.MiniGPT4, pictures: Sequence[np.ndarray], machine: train_sft.Machine) -> torch.Tensor:
     size = net.vit.config.image_size
     pixels = torch.stack([vision.preprocess(p, size) for p in pictures])
@@ -629,7 +595,7 @@ def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned
             figures[split, "captions", name] = sum(map(exact, e.scenes, captions[0])) / n
             figures[split, "questions", name] = right / n
     print_table(figures)
-    figures |= faults(job, net, exams["scenes"], said, aligned, final, n)
+    figures |= faults(job, net, exams["scenes"], said, aligned, final)
     out = Path(job.cfg.out)
     show(exams["scenes"], said["scenes", "MiniGPT-4"][0], out / "seen.png")
     minutes = (time.time() - train_sft.STARTED) / 60
@@ -652,32 +618,30 @@ def print_table(figures: dict) -> None:
         for split in ("scenes", "pairs") for what in ("captions", "questions")))
 
 
-def faults(job: Job, net: vision.MiniGPT4, e: Exam, said: dict, aligned: dict, final: dict, n: int) -> dict:
+def faults(job: Job, net: vision.MiniGPT4, e: Exam, said: dict, aligned: dict, final: dict) -> dict:
     """Stage 1 alone against stage 2: how descriptions fail, and what is seen that is not there."""
-    figures, scenes = {}, e.scenes
-    asked_of, yes_no = pope(n)
-    rng = random.Random(3)
-    seen = look(net, [toy.draw(s, rng) for s in asked_of], job.machine)
-    print(f"\n{'of descriptions and answers, %':<34}{'stage 1':>13}{'MiniGPT-4':>13}")
-    rows: dict = {}
+    figures, rng, present = {}, random.Random(3), [{(o.color, o.shape) for o in s} for s in e.scenes]
+    seen, yes_no, n = look(net, e.pictures, job.machine), [], len(e.scenes)
+    for i, scene in enumerate(e.scenes):
+        yes_no += [(i, q) for q in judge.pope_questions(scene, rng)]
+    about, questions = zip(*yes_no)
     for name, weights in (("stage 1", aligned), ("MiniGPT-4", final)):
-        replies, ended = said["scenes", name]
-        why = Counter(map(failed, scenes, replies, ended))
+        captions, ended = said["scenes", name]
+        why = Counter(judge.failure(*reply) or ("" if exact(s, reply[0]) else "is wrong")
+                      for s, reply in zip(e.scenes, zip(captions, ended)))
         net.llama_proj.load_state_dict(weights)
-        answers, _ = ask(net, job.tokenizer, job.template, [q.text for q in yes_no], seen)
-        yes = sum("yes" in toy.found("yesno", a) for a in answers) / n
-        right = sum(toy.grade(q, a) == 1 for q, a in zip(yes_no, answers)) / n
-        things, texts = hallucinated(scenes, replies)
-        for kind in ("does not stop", "repeats itself", "is a fragment", "is wrong"):
-            rows.setdefault(kind, []).append(why[kind] / n)
-        rows.setdefault("fails in one of these ways", []).append(1 - why[""] / n)
-        rows.setdefault("things named that are not there", []).append(things)
-        rows.setdefault("descriptions with such a thing", []).append(texts)
-        rows.setdefault("yes/no right (chance 50)", []).append(right)
-        rows.setdefault("yes said (true of 50)", []).append(yes)
-    for title, row in rows.items():
-        print(f"{title:<34}" + "".join(f"{100 * x:>13.0f}" for x in row))
-        figures |= {("faults", title, name): x for name, x in zip(("stage 1", "MiniGPT-4"), row)}
+        answers, _ = ask(net, job.tokenizer, job.template, [q.text for q in questions], seen[list(about)])
+        chair, pope = judge.chair(captions, present), judge.pope(questions, answers)
+        rows = {kind: why[kind] / n for kind in ("empty", "repeats", "does not stop", "fragment", "is wrong")}
+        rows |= {"fails in one of these ways": 1 - why[""] / n,
+                 "things named that are not there": chair["instances"],
+                 "descriptions with such a thing": chair["sentences"],
+                 "yes/no right (chance 50)": pope["accuracy"], "yes said (true of 50)": pope["yes"]}
+        figures |= {("faults", title, name): share for title, share in rows.items()}
+    print(f"\n{'of descriptions and answers, %':<34}{'stage 1':>13}{'MiniGPT-4':>13}")
+    for title in rows:
+        print(f"{title:<34}" + "".join(f"{100 * figures['faults', title, name]:>13.0f}"
+                                       for name in ("stage 1", "MiniGPT-4")))
     return figures
 
 
