@@ -178,6 +178,8 @@ TEMPLATES = {
     "oasst": Template(system="", ask="<|prompter|>{text}</s><|assistant|>", between="", glued=True),
     "minigpt4": Template(system="", start="###", ask="Human: {text} ###Assistant: ", between="", end="###"),
     "plain": Template(system="", ask="{text}", between="\n", glued=True),  # for a base model, which knows no roles
+    # what a base model is asked, and what of its continuation counts: lines, and the next line
+    "lines": Template(system="", ask="{text}\n", between="", glued=True, end="\n"),
 }
 
 

@@ -211,7 +211,8 @@ class Checkpoint:
         net, path, meta = (vision if sees else model).load(step)
         net.to("cuda" if torch.cuda.is_available() else "cpu")
         self.eyes, self.net = net if sees else None, getattr(net, "llama", net)
-        self.tokenizer, self.template = data.Tokenizer(path), meta["template"]
+        self.tokenizer = data.Tokenizer(path)
+        self.template = "lines" if meta["template"] == "plain" else meta["template"]
         self.temperature, self.max_new_tokens, self.batch, self.why = temperature, max_new_tokens, batch, ""
         with zipfile.ZipFile(step / "model.pt") as z:  # the zip's own checksums tell two trainings apart
             checksum = zlib.crc32(repr([part.CRC for part in z.infolist()]).encode())
@@ -220,10 +221,7 @@ class Checkpoint:
     def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         conversations, images = self.look(conversations)
         replies: list[Optional[Reply]] = [None] * len(conversations)
-        plain, limit, fits = self.template == "plain", self.net.config.max_seq_len, []
-        if plain:
-            conversations = [data.Conversation([data.Turn("user", "\n".join(t.text for t in c.turns))])
-                             for c in conversations]
+        limit, fits = self.net.config.max_seq_len, []
         for i, c in enumerate(conversations):
             tokens = len(data.render(c, self.template, self.tokenizer).tokens)
             if tokens < limit:
@@ -237,7 +235,7 @@ class Checkpoint:
                                      [conversations[i] for i in group], self.max_new_tokens, self.batch,
                                      [images[i] for i in group], temperature=self.temperature)
             for i, text, end in zip(group, texts, ended):
-                replies[i] = Reply(text.strip().split("\n")[0] if plain else text, end)
+                replies[i] = Reply(text.strip(), end)
                 if keep:
                     keep(i, replies[i])
         return replies

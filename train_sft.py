@@ -679,17 +679,15 @@ def toy_tokenizer(paths: dict[str, Path], cfg: SFTConfig, machine: Machine) -> d
 
 
 def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, shots: str = ""):
-    """A player answers test items: items -> (replies, ended by itself). A base model sees plain text and is cut at
-    its first newline; `shots` are solved examples put before the question."""
+    """A player answers test items: items -> (replies, ended by itself). A base model's template is "lines"; `shots`
+    are solved examples put before the question."""
     def play(items: list) -> tuple[list[str], list[bool]]:
         conversations = []
         for item in items:
             turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
-            if template == "plain":
-                turns = [data.Turn("user", shots + "\n".join(t.text for t in turns) + "\n")]
+            turns[0] = turns[0]._replace(text=shots + turns[0].text)
             conversations.append(data.Conversation(turns))
-        replies, ended = data.chat(net, tokenizer, template, conversations, max_new_tokens=64, batch=150)
-        return [r.strip().split("\n")[0] for r in replies] if template == "plain" else replies, ended
+        return data.chat(net, tokenizer, template, conversations, max_new_tokens=64, batch=150)
     return play
 
 
@@ -791,8 +789,8 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     records = json.loads(paths["alpaca"].read_text())
     shots = "".join(f"{(r['input'] + ' ' + r['instruction']).strip()}\n{r['output']}\n\n" for r in records[:4])
     vicuna_player = model_player(vicuna, tokenizer, "vicuna_v1.1")
-    players = {"base": model_player(base, tokenizer, "plain"),
-               "few-shot": model_player(base, tokenizer, "plain", shots),
+    players = {"base": model_player(base, tokenizer, "lines"),
+               "few-shot": model_player(base, tokenizer, "lines", shots),
                "Alpaca": model_player(alpaca, tokenizer, "alpaca"),
                "Vicuna": vicuna_player,
                "no LLaMA": model_player(unread, tokenizer, "vicuna_v1.1"),

@@ -21,6 +21,7 @@ import data
 import model
 import teacher
 import toy
+import train_sft
 from config import Problem
 
 KEY = "sk-very-secret-0123456789"
@@ -282,9 +283,13 @@ def test_a_base_model_reads_plain_text_and_says_one_line(tmp_path):
             data.Turn("user", "Where?"),
         ]
     )
-    joined = data.Conversation([data.Turn("user", "There is a red circle.\nYes.\nWhere?")])
-    expected = data.chat(ask.net, ask.tokenizer, "plain", [joined], 30)[0][0].strip().split("\n")[0]
-    assert ask([chat])[0].text == expected
+    joined = data.Conversation([data.Turn("user", "There is a red circle.\nYes.\nWhere?\n")])
+    expected = data.chat(ask.net, ask.tokenizer, "plain", [joined], 30)[0][0].split("\n")[0]
+    assert expected.strip() == ask([chat])[0].text != ""
+    items = toy.test_set("scenes", 3)  # the table of train_sft.py asks it the same
+    chats = [data.Conversation([data.Turn(*turn) for turn in item.turns]) for item in items]
+    said, _ = train_sft.model_player(ask.net, ask.tokenizer, "lines")(items)
+    assert [r.text for r in teacher.Checkpoint(str(tmp_path / "base"), 0.0, 64)(chats)] == [text.strip() for text in said]
 
 
 def test_what_does_not_fit_is_left_unanswered():
