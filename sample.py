@@ -81,15 +81,13 @@ class Chat:
         room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
         return data.prompt(data.Conversation(self.turns, system=self.system), self.template, self.tokenizer, room)
 
-    @torch.inference_mode()
     def look(self, path: str) -> None:
         """The next question is about this picture. Raises Problem when it is none, or the model cannot see."""
         if not self.eyes:
             raise Problem("this model cannot see; `python train_vlm.py` gives it eyes (then --ckpt=out/minigpt4)")
-        pixels = vision.load_image(path, self.eyes.vit.config.image_size)
-        weight = self.eyes.llama_proj.weight
+        vectors = self.eyes.look(path)
         self.seen += 1
-        self.waiting = Picture(path, self.seen, self.eyes.encode(pixels[None].to(weight.device, weight.dtype)))
+        self.waiting = Picture(path, self.seen, vectors)
 
     def answer(self, text: str, retry: int = 0) -> Iterator[str]:
         """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
@@ -205,13 +203,8 @@ def open_chat(cfg: SampleConfig) -> Chat:
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    meta = model.find(folder) / "meta.json"
-    if meta.exists() and "vision" in json.loads(meta.read_text()).get("settings", {}):
-        net, tokenizer_path, meta = vision.load(folder)
-        net = net.to(device)
-    else:
-        dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-        net, tokenizer_path, meta = model.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
+    dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
+    net, tokenizer_path, meta = vision.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
     template = cfg.template or meta["template"]
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)

@@ -350,6 +350,13 @@ class MiniGPT4(nn.Module):
             images = self.features(images)
         return self.llama_proj(images.to(self.llama_proj.weight.dtype)).flatten(0, 1)
 
+    @torch.inference_mode()
+    def look(self, path) -> torch.Tensor:
+        """A picture file as (Q, C of LLaMA). Errors as of open_image."""
+        weight = self.llama_proj.weight
+        pixels = load_image(path, self.vit.config.image_size)
+        return self.encode(pixels[None].to(weight.device, weight.dtype))
+
     def forward(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None, **options) -> torch.Tensor:
         """As of LLaMA: tokens (B, T) -> logits (B, T, V)."""
         return self.llama(tokens, self.encode(images) if images is not None else None, **options)
@@ -386,10 +393,13 @@ def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
     return network.vit.eval(), network.qformer.eval(), meta
 
 
-def load(folder) -> tuple[MiniGPT4, Path, dict]:
-    """As model.load, for a folder that stage 1 or 2 of train_vlm.py has written."""
+def load(folder, device: str = "cpu", **options) -> tuple[Union[model.LLaMA, MiniGPT4], Path, dict]:
+    """As model.load, also for a folder that stage 1 or 2 of train_vlm.py has written: then it has eyes."""
     step = model.find(folder)
-    made_with = json.loads((step / "meta.json").read_text())["settings"]
+    meta = step / "meta.json"
+    made_with = json.loads(meta.read_text()).get("settings", {}) if meta.exists() else {}
+    if "vision" not in made_with:
+        return model.load(step, device=device, **options)
     parts = {}
     for part in ("llama", "vision"):
         path = Path(made_with[part])
@@ -401,7 +411,8 @@ def load(folder) -> tuple[MiniGPT4, Path, dict]:
             raise Problem(f"{path} was trained again since {folder} learned from it; train that again too")
         parts[part] = path
     vit, qformer, _ = load_encoder(parts["vision"])
-    return model.load(step, network=MiniGPT4(model.load(parts["llama"])[0], vit, qformer))
+    llama, _, _ = model.load(parts["llama"], device=device, **options)
+    return model.load(step, network=MiniGPT4(llama, vit, qformer).to(device))
 
 
 # -- python vision.py ----------------------------------------------------------------------------------------
