@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Callable, Iterable, Literal, NamedTuple, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -50,6 +50,7 @@ class JudgeConfig:
     out: str = "out/judge"  # folder of the run
     temperature: float = 0.0  # of the players; the judge has 0
     max_new_tokens: int = 0  # longest answer; 0: 64 for toy questions, else 1024
+    quantize: Optional[Literal["q8", "q4"]] = None  # matrices of checkpoints in eight or four bits
     per_minute: float = 0.0  # requests to a server begun in a minute; 0: no limit
     price_read: float = 0.0  # US dollars for a million tokens the judge reads
     price_written: float = 0.0  # US dollars for a million tokens the judge writes
@@ -838,7 +839,7 @@ def main(cfg: JudgeConfig) -> dict:
         if spec in TOYS and cfg.questions != "toy":
             raise Problem(f"{spec} knows the toy world only: give --players and --judge to your questions")
     settings = [cfg.temperature, cfg.max_new_tokens or (64 if cfg.questions == "toy" else 1024)]
-    judge = teacher(cfg.judge, per_minute=cfg.per_minute)  # now: a missing key is found at once
+    judge = teacher(cfg.judge, 0.0, 1024, cfg.quantize, per_minute=cfg.per_minute)  # a missing key is found now
     write_lines(out / "question.jsonl", [
         dict(question_id=q.id, category=q.category, turns=q.turns, text=q.turns[-1], reference=q.reference,
              image=q.image) for q in questions])
@@ -849,7 +850,7 @@ def main(cfg: JudgeConfig) -> dict:
             answers[name] = read_answers(spec, questions)
             write_lines(path, answers[name])  # for `rate` and `report`
         else:
-            player = teacher(spec, *settings, per_minute=cfg.per_minute)
+            player = teacher(spec, *settings, cfg.quantize, per_minute=cfg.per_minute)
             answers[name] = answer(player, questions, path, settings)
             if isinstance(player, Server):
                 print(f"{name}: {player.read} tokens read, {player.written} written")

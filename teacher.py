@@ -23,8 +23,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional, Sequence
@@ -50,13 +48,14 @@ Keep = Callable[[int, Reply], None]
 Asked = Sequence[data.Conversation]
 
 
-def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, **server):
-    """`spec`: a checkpoint folder, MODEL@URL, or one of TOYS. `server`: see Server."""
+def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, quantize: Optional[str] = None,
+            **server):
+    """`spec`: a checkpoint folder (quantize: see convert.load), MODEL@URL (`server`: see Server), one of TOYS."""
     if spec in TOYS:
         return Oracle(spec)
     if re.match(r"(.+@)?https?://", spec):
         return Server(spec, temperature, max_new_tokens, **server)
-    return Checkpoint(spec, temperature, max_new_tokens)
+    return Checkpoint(spec, temperature, max_new_tokens, quantize)
 
 
 def refuse_pictures(name: str, conversations: Asked) -> None:
@@ -202,21 +201,21 @@ def seconds_of(header: Optional[str]) -> Optional[float]:
 # -- a checkpoint --------------------------------------------------------------------------------------------
 
 class Checkpoint:
-    """A model of ours. One that has only been pre-trained sees plain text, and its answer is one line. One with eyes
-    (train_vlm.py) also looks at extra["image"], a picture file that the first turn is about."""
+    """A model of ours, or a published one. One with eyes also looks at extra["image"], a picture file that the
+    first turn is about. One that has only been pre-trained answers in one line."""
 
-    def __init__(self, folder: str, temperature: float, max_new_tokens: int, batch: int = 40):
-        step = model.find(folder)
-        sees = "vision" in model.read_meta(step).get("settings", {})
-        net, path, meta = (vision if sees else model).load(step)
-        net.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.eyes, self.net = net if sees else None, getattr(net, "llama", net)
+    def __init__(self, folder: str, temperature: float, max_new_tokens: int, quantize: Optional[str] = None,
+                 batch: int = 40):
+        device, step = "cuda" if torch.cuda.is_available() else "cpu", model.find(folder)
+        net, path, meta = vision.load(step, device, dtype=None, quantize=quantize)
+        self.eyes, self.net = net if isinstance(net, vision.MiniGPT4) else None, getattr(net, "llama", net)
         self.tokenizer = data.Tokenizer(path)
         self.template = "lines" if meta["template"] == "plain" else meta["template"]
         self.temperature, self.max_new_tokens, self.batch, self.why = temperature, max_new_tokens, batch, ""
-        with zipfile.ZipFile(step / "model.pt") as z:  # the zip's own checksums tell two trainings apart
-            checksum = zlib.crc32(repr([part.CRC for part in z.infolist()]).encode())
-        self.name = f"{(step.parent if step.name.startswith('step-') else step).name}:{checksum:08x}"
+        self.name = (step.parent if step.name.startswith("step-") else step).name
+        if (step / "model.pt").exists():  # a published folder stays as it is
+            self.name += f":{model.fingerprint(step)}"
+        self.name += f":{quantize}" if quantize else ""
 
     def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
         conversations, images = self.look(conversations)
@@ -240,23 +239,16 @@ class Checkpoint:
                     keep(i, replies[i])
         return replies
 
-
-    @torch.inference_mode()
     def look(self, conversations: Asked) -> tuple[list[data.Conversation], list[Optional[torch.Tensor]]]:
         """The conversations with image slots, and the vectors for them: (Q, C) each, or None without a picture."""
+        asked, images = list(conversations), [None] * len(conversations)
         if not self.eyes:
             refuse_pictures(self.name, conversations)
-            return list(conversations), [None] * len(conversations)
-        size, weight, asked, images = self.eyes.vit.config.image_size, self.eyes.llama_proj.weight, [], []
-        for c in conversations:
-            picture = c.extra.get("image")
-            images.append(None)
-            if picture:
-                pixels = vision.load_image(picture, size)[None].to(weight.device, weight.dtype)
-                images[-1] = self.eyes.encode(pixels)
+        for i, c in enumerate(conversations):
+            if c.extra.get("image"):
+                images[i] = self.eyes.look(c.extra["image"])
                 first = c.turns[0]._replace(slots=self.eyes.n_queries)
-                c = dataclasses.replace(c, turns=[first, *c.turns[1:]])
-            asked.append(c)
+                asked[i] = dataclasses.replace(c, turns=[first, *c.turns[1:]])
         return asked, images
 
 

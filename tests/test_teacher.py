@@ -19,6 +19,7 @@ import torch
 
 import data
 import model
+import sample
 import teacher
 import toy
 import train_sft
@@ -290,6 +291,13 @@ def test_a_base_model_reads_plain_text_and_says_one_line(tmp_path):
     chats = [data.Conversation([data.Turn(*turn) for turn in item.turns]) for item in items]
     said, _ = train_sft.model_player(ask.net, ask.tokenizer, "lines")(items)
     assert [r.text for r in teacher.Checkpoint(str(tmp_path / "base"), 0.0, 64)(chats)] == [text.strip() for text in said]
+
+
+def test_a_checkpoint_in_four_bits_answers_as_the_chat_does():
+    ask = teacher.teacher(str(MICRO), max_new_tokens=24, quantize="q4")
+    chat = sample.open_chat(sample.SampleConfig(ckpt=str(MICRO), max_new_tokens=24, device="cpu", quantize="q4"))
+    assert ask(asking("Who are you?"))[0].text == "".join(chat.answer("Who are you?")).strip()
+    assert ask.name.endswith(":q4") and any("Quant" in type(part).__name__ for part in ask.net.modules())
 
 
 def test_what_does_not_fit_is_left_unanswered():
