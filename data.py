@@ -177,10 +177,16 @@ TEMPLATES = {
     # the original also learns the <|prompter|> that follows a reply; here only the reply and its </s>
     "oasst": Template(system="", ask="<|prompter|>{text}</s><|assistant|>", between="", glued=True),
     "minigpt4": Template(system="", start="###", ask="Human: {text} ###Assistant: ", between="", end="###"),
+    # the same in the chat, as published
+    "minigpt4_chat": Template(
+        system="Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide "
+               "it to you. Please answer my questions.",
+        start="###", ask="Human: {text}###Assistant:", between="", end="###"),
     "plain": Template(system="", ask="{text}", between="\n", glued=True),  # for a base model, which knows no roles
     # what a base model is asked, and what of its continuation counts: lines, and the next line
     "lines": Template(system="", ask="{text}\n", between="", glued=True, end="\n"),
 }
+CHAT = {"minigpt4": "minigpt4_chat"}  # what to talk in to a model that was trained in another template
 
 
 class Example(NamedTuple):

@@ -205,13 +205,16 @@ def open_chat(cfg: SampleConfig) -> Chat:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
     net, tokenizer_path, meta = vision.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
-    template = cfg.template or meta["template"]
+    template = cfg.template or data.CHAT.get(meta["template"], meta["template"])
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
 
 
 def say(chat: Chat, text: str, retry: int = 0) -> None:
     """Prints the answer as it comes. Ctrl-C ends it, not the program."""
+    if chat.eyes and not chat.turns and not chat.waiting:
+        print("(no picture was shown, so this is answered from words alone: /image FILE, or --image)",
+              file=sys.stderr)
     try:
         for piece in chat.answer(text, retry):
             print(piece, end="", flush=True)

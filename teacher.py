@@ -210,7 +210,7 @@ class Checkpoint:
         net, path, meta = vision.load(step, device, dtype=None, quantize=quantize)
         self.eyes, self.net = net if isinstance(net, vision.MiniGPT4) else None, getattr(net, "llama", net)
         self.tokenizer = data.Tokenizer(path)
-        self.template = "lines" if meta["template"] == "plain" else meta["template"]
+        self.template = {"plain": "lines", **data.CHAT}.get(meta["template"], meta["template"])
         self.temperature, self.max_new_tokens, self.batch, self.why = temperature, max_new_tokens, batch, ""
         self.name = (step.parent if step.name.startswith("step-") else step).name
         if (step / "model.pt").exists():  # a published folder stays as it is
@@ -263,7 +263,8 @@ TOYS = {"oracle": "knows every true answer, and rates by truth alone",
 class Oracle:
     """Answers and judges questions of the toy world. It needs no text: the true answer comes in `extra`, as
     extra["question"] (a toy.Question), and for a judge extra["answers"], the two texts to compare. With
-    extra["covers"], two captions: does the second one say all that the first one says?"""
+    extra["covers"], two captions: does the second one say all that the first one says? With extra["repair"], a
+    description to repair."""
 
     def __init__(self, kind: str):
         self.name, self.why = kind, ""
@@ -275,6 +276,8 @@ class Oracle:
             if "covers" in c.extra:
                 reference, caption = (toy.found("objects", text) for text in c.extra["covers"])
                 text = "Yes." if reference <= caption else "No."
+            elif "repair" in c.extra:
+                text = toy.mend(c.extra["repair"])
             elif question is None:
                 raise Problem(f"{self.name} knows the toy world only; for anything else take a checkpoint or "
                               "MODEL@URL")

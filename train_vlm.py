@@ -63,6 +63,7 @@ class VLMConfig:
     save_minutes: float = 5.0  # between checkpoints
     resume: Literal["auto", "never"] = "auto"  # auto: go on where it stopped; never: train it again
     fast: bool = False  # toy: fewer steps
+    full: bool = False  # toy: minimal pairs, too
 
 
 # Numbers of a stage: what SFTConfig takes, and how many pictures there are to learn from.
@@ -393,13 +394,12 @@ def reviewed(path: Path, text: str) -> str:
 
 
 def mender(spec: str) -> Callable:
-    """The teacher as a function: texts -> repaired texts. It does not see the pictures."""
-    if not spec:
-        return lambda texts: [toy.mend(text) for text in texts]
-    server = teacher.teacher(spec, temperature=0.7, max_new_tokens=200)
+    """A teacher, who does not see the pictures, as a function: texts -> repaired texts, None where there is none."""
+    ask = teacher.teacher(spec, temperature=0.7, max_new_tokens=200)
 
     def mend(texts: Sequence[str]) -> list[Optional[str]]:
-        replies = server([data.Conversation([data.Turn("user", text)], system=REPAIR) for text in texts])
+        replies = ask([data.Conversation([data.Turn("user", text)], system=REPAIR, extra=dict(repair=text))
+                       for text in texts])
         return [reply and reply.text for reply in replies]
     return mend
 
@@ -443,13 +443,12 @@ def open_job(cfg: VLMConfig, machine: train_sft.Machine) -> Job:
         if Path(cfg.init).exists():
             raise
         raise Problem(f"{problem}. A language model has to be there first") from None
-    return Job(cfg, machine, llama, data.Tokenizer(path), meta["template"], model.find(cfg.init))
+    template = {"vicuna_v0": "minigpt4"}.get(meta["template"], meta["template"])  # as published
+    return Job(cfg, machine, llama, data.Tokenizer(path), template, model.find(cfg.init))
 
 
 def train_encoder(job: Job, album: Sequence[Captioned]) -> Path:
     """Stage 0. Returns the folder with ViT and Q-Former."""
-    if job.machine.sharded:
-        raise Problem("stage 0 is small and runs in one process: python train_vlm.py --stage=0")
     vit, qformer = vision.PRESETS["photos" if album else "toy"]
     vit, qformer = vision.ViTConfig(**vit), vision.QFormerConfig(**qformer)
     if album:
@@ -523,6 +522,32 @@ def exam(split: str, n: int, seed: int = 1) -> Exam:
     return Exam(scenes, [toy.draw(s, rng) for s in scenes], questions)
 
 
+def minimal_pairs(n: int) -> Exam:
+    """n questions about two pictures each: the same scene, but for one colour or size. Two by two."""
+    rng, e = random.Random("minimal pictures"), Exam([], [], [])
+    while len(e.scenes) < 2 * n:
+        pair = toy.minimal_pair(rng)
+        scenes = [sorted(toy.found("objects", item.told), key=lambda o: toy.PLACES.index(o.place)) for item in pair]
+        if all(len(scene) == 2 for scene in scenes):  # told in words that can be read back
+            ground = rng.random()
+            e.scenes.extend(scenes)
+            e.pictures.extend(toy.draw(scene, random.Random(ground)) for scene in scenes)
+            e.questions.extend(item.question for item in pair)
+    return e
+
+
+def both_right(job: "Job", net: vision.MiniGPT4, e: Exam) -> dict:
+    """Minimal pairs: how often both answers are right, of the pictures and of the same in words."""
+    shares, asked = {}, [q.text for q in e.questions]
+    told = [f"There is {toy.caption(s)}. {text}" for s, text in zip(e.scenes, asked)]
+    for name, questions, seen in (("MiniGPT-4", asked, look(net, e.pictures, job.machine)), ("in words", told, None)):
+        answers, _ = ask(net, job.tokenizer, job.template, questions, seen)
+        right = [toy.grade(q, a) == 1 for q, a in zip(e.questions, answers)]
+        shares["minimal pairs", name] = sum(map(min, right[::2], right[1::2])) / (len(right) // 2)
+    print("\nminimal pairs, both right, %: " + ", ".join(f"{name} {100 * x:.0f}" for (_, name), x in shares.items()))
+    return shares
+
+
 def exact(scene: toy.Scene, reply: str) -> bool:
     return toy.found("objects", reply) == set(scene)
 
@@ -549,7 +574,7 @@ def toy_chain(job: Job) -> dict:
     if cfg.stage == "1":
         return dict(folder=str(out / "align"))
     if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
-        curate(job, net.eval(), pool, mender(cfg.teacher), lambda i, text: exact(scenes[i], text), 20)
+        curate(job, net.eval(), pool, mender(cfg.teacher or "oracle"), lambda i, text: exact(scenes[i], text), 20)
     if cfg.stage == "curate":
         return dict(folder=str(out / "curated"))
     aligned = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
@@ -596,6 +621,8 @@ def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned
             figures[split, "questions", name] = right / n
     print_table(figures)
     figures |= faults(job, net, exams["scenes"], said, aligned, final)
+    if job.cfg.full:
+        figures |= both_right(job, net, minimal_pairs(n))
     out = Path(job.cfg.out)
     show(exams["scenes"], said["scenes", "MiniGPT-4"][0], out / "seen.png")
     minutes = (time.time() - train_sft.STARTED) / 60
@@ -682,7 +709,7 @@ def photo_chain(job: Job) -> dict:
     if cfg.stage == "2":  # your own descriptions: nothing to curate
         model.load(out / "align", network=net)
         finetune(job, net, beside, Path(cfg.images))
-        return photo_table(job, net.eval(), learn, held)
+        return dict(folder=str(out / "minigpt4")) if job.machine.sharded else photo_table(job, net.eval(), learn, held)
     align(job, net, beside, learn)
     if cfg.stage == "1":
         return dict(folder=str(out / "align"))
@@ -717,6 +744,9 @@ def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence[Captioned], held
 def main(cfg: VLMConfig) -> dict:
     print(describe(cfg))
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
+    if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
+        raise Problem("several processes train stage 1 or 2 of your own pictures: torchrun needs --images, --vision and "
+                      "--stage=1 or 2; the rest writes files, and is for one process")
     job = open_job(cfg, machine)
     try:
         return (photo_chain if cfg.images else toy_chain)(job)

@@ -187,7 +187,7 @@ CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581
 TEXT = st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(SPECIAL)), max_size=6).map("".join)
 ROUNDS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 SHARED = data.Tokenizer(MICRO / "tokenizer.model")
-ENDS = {"vicuna_v0": "\n###", "minigpt4": "###", "lines": "\n"}
+ENDS = {"vicuna_v0": "\n###", "minigpt4": "###", "minigpt4_chat": "###", "lines": "\n"}
 few = settings(max_examples=50, deadline=None, derandomize=True, report_multiple_bugs=False)
 
 

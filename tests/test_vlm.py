@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ import train_sft
 import train_vlm
 import vision
 from conftest import ROOT
+from test_teacher import fake  # noqa: F401  the fixture
 
 MICRO = ROOT / "tests" / "micro"
 VIT = dict(image_size=16, patch_size=8, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
@@ -153,6 +155,17 @@ def test_published_ids():
         1533, 25518, 29958, 20355, 915, 445, 1967, 297, 9493, 29889, 835, 7900, 22137, 29901, 29871]
     assert len(before) == 55 and two.tokens == before + tokenizer.encode("A dog.") + [2277, 29937]
     assert two.labels == [-100] * 55 + two.tokens[55:]
+    # the chat: a string, cut at the picture, each part encoded by itself; "###" is 2277 29937 here, and not 835
+    system = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it "
+              "to you. Please answer my questions.###Human: <Img>")
+    asked = "</Img> Describe this image in detail.###Assistant:"
+    turns = [data.Turn("user", "Describe this image in detail.", slots=32), data.Turn("assistant", "A dog."),
+             data.Turn("user", "What color is it?")]
+    for n, text in ((1, asked), (3, asked + " A dog.###Human: What color is it?###Assistant:")):
+        ids = data.render(data.Conversation(turns[:n]), data.CHAT["minigpt4"], tokenizer).tokens
+        assert ids == [1] + tokenizer.encode(system) + [-1] * 32 + tokenizer.encode(text)
+    assert tokenizer.encode(asked) == [1533, 25518, 29958, 20355, 915, 445, 1967, 297, 9493, 29889, 2277, 29937, 7900,
+                                       22137, 29901]
 
 
 def test_symbols_are_not_the_captions_order():
@@ -267,6 +280,21 @@ def test_parts_that_do_not_fit(tmp_path, encoder, album, speech):
         vision.load_encoder(MICRO)
 
 
+def test_what_writes_files_is_for_one_process(tmp_path, monkeypatch):
+    many = train_vlm.replace(MACHINE, world=2, sharded=True)
+    monkeypatch.setattr(train_sft, "choose_machine", lambda cfg: many)
+    for options in (dict(stage="curate", images="album"), dict(stage="1"), dict(images="album")):
+        with pytest.raises(config.Problem, match="for one process"):
+            train_vlm.main(settings(tmp_path, **options))
+
+
+def test_vicuna_v0_speaks_as_minigpt4_did(tmp_path):
+    shutil.copytree(MICRO, tmp_path / "v0")
+    meta = json.loads((MICRO / "meta.json").read_text())
+    (tmp_path / "v0" / "meta.json").write_text(json.dumps({**meta, "template": "vicuna_v0"}))
+    assert open_job(train_vlm.VLMConfig(init=str(tmp_path / "v0"))).template == "minigpt4"
+
+
 def one_rank(rank: int, port: int, folder: str) -> None:
     """Rank 1 has a batch of words only. Writes the gradient that it ends up with."""
     sys.path.insert(0, str(ROOT))
@@ -316,6 +344,13 @@ def test_mending_is_blind_and_adds_nothing():
     assert toy.found("objects", toy.mend(toy.caption(scene))) == set(scene)
 
 
+def test_the_oracle_repairs_as_any_teacher(fake):  # noqa: F811
+    texts = ["large red circle top", "red"]
+    assert train_vlm.mender("oracle")(texts) == [toy.mend(text) for text in texts]
+    assert train_vlm.mender(f"gpt@{fake.url}")(texts) == ["echo: " + text for text in texts]
+    assert fake.requests[0][1]["messages"][0] == dict(role="system", content=train_vlm.REPAIR)
+
+
 def test_curation_counts_what_happens(tmp_path, album, speech, monkeypatch):
     said = ["There is a small red ring in the middle.", "small red ring in the middle small red", "blue", "x" * 30,
             "small red ring in the middle. I'm sorry, I made a mistake. It is fine.", "small red ring in the middle"]
@@ -357,6 +392,17 @@ def test_faults_are_those_of_the_judge(speech):
     assert [figures["faults", "is wrong", name] for name in ("stage 1", "MiniGPT-4")] == [1, 0]
     assert figures["faults", "things named that are not there", "stage 1"] > 0 == figures[
         "faults", "descriptions with such a thing", "MiniGPT-4"]
+
+
+def test_minimal_pairs_differ_in_one_thing(speech, capsys):
+    e = train_vlm.minimal_pairs(3)
+    for k in (0, 2, 4):
+        (a, b), (seen_a, seen_b) = e.scenes[k:k + 2], (p.astype(int) for p in e.pictures[k:k + 2])
+        assert sum(x != y for o, p in zip(a, b) for x, y in zip(o, p)) == 1
+        assert 0 < (abs(seen_a - seen_b).max(-1) > 12).mean() < 0.15, "another ground"
+        assert e.questions[k].text == e.questions[k + 1].text and e.questions[k].full != e.questions[k + 1].full
+    shares = train_vlm.both_right(speech, eyes(speech), e)
+    assert set(shares) == {("minimal pairs", "MiniGPT-4"), ("minimal pairs", "in words")}
 
 
 def test_exams_hold_out_what_they_say():
@@ -451,7 +497,10 @@ def test_another_picture_in_the_same_place_is_looked_at(speech, pictures):
 
 def test_bad_pictures_leave_the_chat_as_it_was(speech, pictures, tmp_path, capsys):
     chat = open_chat(speech)
-    assert say(chat, "A question before any picture?") is not None
+    sample.say(chat, "A question before any picture?")
+    assert "no picture was shown" in capsys.readouterr().err
+    sample.say(chat, "And another?")
+    assert not capsys.readouterr().err, "once is enough"
     before = list(chat.turns)
     assert sample.command(chat, f"/image {tmp_path / 'none.jpg'}") and "No such file" in capsys.readouterr().out
     assert chat.turns == before and chat.waiting is None
