@@ -88,8 +88,8 @@ INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and
                 "Could you describe the contents of this image for me?")
 REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you see.")
 REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat "
-          "others, meaningless characters and what is not English; complete or remove sentences that break off. "
-          "Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it "
+          "others, meaningless characters and what is not English; complete or remove sentences that break "
+          "off. Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it "
           "unchanged. If nothing can be saved, answer: INCOMPLETE")
 
 
@@ -192,10 +192,9 @@ class Sight(torch.nn.Module):
 
     def flops(self, tokens, labels, segments, images) -> float:
         """6 per parameter and patch in the ViT, per parameter and query in the Q-Former."""
-        patches = self.vit.pos_embed.shape[1]
         size = lambda part: sum(p.numel() for p in part.parameters())
-        each = size(self.vit.blocks) * patches + size(self.qformer.layers) * labels.shape[1]
-        return 6.0 * each * len(images)
+        vit = size(self.vit.blocks) * self.vit.pos_embed.shape[1]
+        return 6.0 * len(images) * (vit + size(self.qformer.layers) * labels.shape[1])
 
 
 NOTHING = "nothing"
@@ -206,28 +205,6 @@ def scene_symbols(scene: toy.Scene) -> list[str]:
     """Four symbols for each place, empty ones too, the last place first: the reverse of captions."""
     said = {o.place: (o.shape, o.place, o.color, o.size) for o in scene}
     return [symbol for place in reversed(toy.PLACES) for symbol in said.get(place, (NOTHING,) * 4)]
-
-
-class Scenes:
-    """New toy pictures in every step: a pure function of (seed, step), as data.Rows."""
-
-    def __init__(self, seed: int, size: int):
-        self.seed, self.size = seed, size
-
-    def __len__(self) -> int:
-        return 2 ** 31
-
-    def batch(self, step: int, size: int) -> tuple:
-        rng = random.Random(f"stage 0, {self.seed}, {step}")
-        scenes = [toy.pick_scene(rng) for _ in range(size)]
-        pixels = torch.stack([vision.preprocess(toy.draw(s, rng, self.size), self.size) for s in scenes])
-        return _named([scene_symbols(s) for s in scenes], SYMBOLS, pixels)
-
-
-def _named(said: Sequence[Sequence[str]], symbols: Sequence[str], pixels: torch.Tensor) -> tuple:
-    number = {symbol: i for i, symbol in enumerate(symbols)}
-    labels = torch.tensor([[data.IGNORE] + [number[s] for s in row] for row in said])
-    return labels, labels, None, pixels
 
 
 def caption_symbols(album: Sequence[Captioned], n: int) -> tuple[list[list[str]], list[str]]:
@@ -242,26 +219,48 @@ def caption_symbols(album: Sequence[Captioned], n: int) -> tuple[list[list[str]]
     return [row + [NOTHING] * (n - len(row)) for row in said], [NOTHING, *known]
 
 
-class Photos:
-    """The album's pictures as stage 0 sees them, cropped and mirrored by chance, with `n` symbols each."""
+class Scenes:
+    """New toy pictures in every step: a pure function of (seed, step), as data.Rows."""
+    symbols = SYMBOLS
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __len__(self) -> int:
+        return 2 ** 31
+
+    def pick(self, step: int, size: int) -> tuple[list, list]:
+        """Pictures, and what the queries have to say of each."""
+        rng = random.Random(f"stage 0, {self.seed}, {step}")
+        scenes = [toy.pick_scene(rng) for _ in range(size)]
+        return [toy.draw(s, rng, self.size) for s in scenes], [scene_symbols(s) for s in scenes]
+
+    def batch(self, step: int, size: int) -> tuple:
+        pictures, said = self.pick(step, size)
+        number = {symbol: i for i, symbol in enumerate(self.symbols)}
+        labels = torch.tensor([[data.IGNORE] + [number[s] for s in row] for row in said])
+        return labels, labels, None, torch.stack([vision.preprocess(p, self.size) for p in pictures])
+
+
+class Photos(Scenes):
+    """The album's pictures instead, cropped and mirrored by chance, with `n` symbols each."""
 
     def __init__(self, album: Sequence[Captioned], n: int, seed: int, size: int):
-        self.album, self.seed, self.size = album, seed, size
+        super().__init__(seed, size)
+        self.album = album
         self.said, self.symbols = caption_symbols(album, n)
 
     def __len__(self) -> int:
         return len(self.album)
 
-    def batch(self, step: int, size: int) -> tuple:
+    def pick(self, step: int, size: int) -> tuple[list, list]:
         dice = np.random.default_rng((self.seed, step))
         at = dice.integers(len(self.album), size=size)
-        parts = [cropped(vision.open_image(self.album[i].path), dice) for i in at]
-        pixels = torch.stack([vision.preprocess(part, self.size) for part in parts])
-        return _named([self.said[i] for i in at], self.symbols, pixels)
+        return [cropped(vision.open_image(self.album[i].path), dice) for i in at], [self.said[i] for i in at]
 
 
 def cropped(image: Image.Image, dice: np.random.Generator) -> Image.Image:
-    """50 to 100 % of the area, 3/4 to 4/3 of the aspect, as in MiniGPT-4's training; every other one mirrored."""
+    """50 to 100 % of the area, 3/4 to 4/3 of the aspect, as in MiniGPT-4's training; half of them mirrored."""
     share, aspect = dice.uniform(0.5, 1.0), np.exp(dice.uniform(np.log(3 / 4), np.log(4 / 3)))
     width = min(image.width, max(1, round(image.width * (share * aspect) ** 0.5)))
     height = min(image.height, max(1, round(image.height * (share / aspect) ** 0.5)))
@@ -308,41 +307,40 @@ def described(caption: str, instruction: str, slots: int, template: str, tokeniz
     return data.Example(*(part[:len(part) - keep - over] + part[-keep:] for part in example))
 
 
-def frozen_images(net: vision.MiniGPT4, album: Sequence[Captioned], machine: train_sft.Machine) -> Callable:
-    """Row numbers -> what the frozen encoder makes of the pictures. Computed once for all of them when that
-    fits into 2 GB, since the encoder never changes; else in every step, from the files."""
-    size = net.vit.config.image_size
+def frozen_images(net: vision.MiniGPT4, pictures: Sequence, machine: train_sft.Machine) -> Callable:
+    """Numbers of pictures (files, or arrays) -> what the frozen encoder makes of them, (n, Q, C) on the CPU.
 
+    Computed once when that fits into 2 GB, since the encoder never changes; else pixels, in every step."""
     def pixels(at: Sequence[int]) -> torch.Tensor:
-        return torch.stack([vision.load_image(album[i].path, size) for i in at])
+        opened = [p if isinstance(p, np.ndarray) else vision.open_image(p) for p in (pictures[i] for i in at)]
+        return torch.stack([vision.preprocess(p, net.vit.config.image_size) for p in opened])
 
-    bytes_ = len(album) * net.n_queries * net.llama_proj.in_features * 4
-    if bytes_ > 2e9:
-        print(f"features of {len(album)} pictures would take {bytes_ / 1e9:.1f} GB: computed in every step")
+    size = len(pictures) * net.n_queries * net.llama_proj.in_features * 4
+    if size > 2e9:
+        print(f"features of {len(pictures)} pictures would take {size / 1e9:.1f} GB: computed in every step")
         return pixels
-    features = encode_all(net, pixels, len(album), machine)
+    done = []
+    for at in tqdm(range(0, len(pictures), 64), desc="pictures through the frozen encoder", leave=False):
+        with torch.no_grad(), machine.autocast():
+            part = net.features(pixels(range(at, min(len(pictures), at + 64))).to(machine.device))
+            done.append(part.float().cpu())
+    features = torch.cat(done)
     return lambda at: features[list(at)]
 
 
-@torch.no_grad()
-def encode_all(net: vision.MiniGPT4, pixels: Callable, n: int, machine: train_sft.Machine) -> torch.Tensor:
-    """Features (n, Q, C) of pictures 0 .. n - 1, on the CPU, in fp32."""
-    done = []
-    for at in tqdm(range(0, n, 64), desc="pictures through the frozen encoder", leave=False):
-        with machine.autocast():
-            done.append(net.features(pixels(list(range(at, min(n, at + 64)))).to(machine.device)).float().cpu())
-    return torch.cat(done)
+def look(net: vision.MiniGPT4, pictures: Sequence, machine: train_sft.Machine) -> torch.Tensor:
+    return frozen_images(net, pictures, machine)(range(len(pictures)))
 
 
-def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, questions: Sequence,
-        features: Optional[torch.Tensor], limit: int = 64) -> tuple[list[str], list[bool]]:
+def ask(net: vision.MiniGPT4, job: "Job", questions: Sequence, features: Optional[torch.Tensor],
+        limit: int = 64) -> tuple[list[str], list[bool]]:
     """Replies to one question about each picture, and whether they ended. A question is a text, or turns."""
     slots, conversations = net.n_queries if features is not None else 0, []
     for q in questions:
         turns = [data.Turn("user", q)] if isinstance(q, str) else list(q)
         conversations.append(data.Conversation([turns[0]._replace(slots=slots), *turns[1:]]))
     images = None if features is None else [f[None].to(net.llama_proj.weight.device) for f in features]
-    return data.chat(net, tokenizer, template, conversations, limit, images=images)
+    return data.chat(net, job.tokenizer, job.template, conversations, limit, images=images)
 
 
 # -- curation ------------------------------------------------------------------------------------------------
@@ -350,51 +348,44 @@ def ask(net: vision.MiniGPT4, tokenizer: data.Tokenizer, template: str, question
 APOLOGY = re.compile(r"(I'm|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]", re.I)
 
 
-def curate(job: "Job", net: vision.MiniGPT4, album: Sequence[Captioned], mend: Callable, true: Callable,
-           shortest: int) -> None:
+def curate(job: "Job", net: vision.MiniGPT4, material: "Material") -> None:
     """Section 3.2 of the paper. Writes the descriptions that are left into curated/, and a report."""
-    features = frozen_images(net, album, job.machine)(range(len(album)))
-    said, _ = ask(net, job.tokenizer, job.template, [REQUEST] * len(album), features, 96)
-    short = [i for i, text in enumerate(said) if len(job.tokenizer.encode(text)) < shortest]
+    album = material.pool
+    features = look(net, [c.path for c in album], job.machine)
+    said, _ = ask(net, job, [REQUEST] * len(album), features, 96)
+    short = [i for i, text in enumerate(said) if len(job.tokenizer.encode(text)) < material.shortest]
     again = [[data.Turn("user", REQUEST), data.Turn("assistant", said[i]), data.Turn("user", "Continue")]
              for i in short]
     if short:
-        more, _ = ask(net, job.tokenizer, job.template, again, features[short], 96)
+        more, _ = ask(net, job, again, features[short], 96)
         for i, text in zip(short, more):
             said[i] = f"{said[i]} {text}".strip()
     report, kept = Counter(asked=len(album), continued=len(short)), []
-    for i, (mended, before) in enumerate(zip(mend(said), said)):
+    for i, (mended, before) in enumerate(zip(material.mend(said), said)):
         text = APOLOGY.sub("", mended or "").strip()
-        if "already correct" in text.lower():
-            text = before if "repetition" not in text.lower() else ""
-        if not text or "incomplete" in text.lower() or len(text) < 20:
-            report["dropped: nothing could be saved"] += 1
-        elif not true(i, text):
-            report["dropped: not true of the picture"] += 1
+        if "incomplete" in text.lower() or len(text) < 20:
+            why = "dropped: nothing could be saved"
+        elif not material.true(i, text):
+            why = "dropped: not true of the picture"
         else:
+            why = "kept as it was" if text == before else "repaired and kept"
             if job.cfg.review:
-                text = reviewed(album[i].path, text)
-            if text:
-                kept.append((i, text))
-            report["dropped: by you" if not text else
-                   "kept as it was" if text == before else "repaired and kept"] += 1
+                print(f"\n{album[i].path}\n{text}")
+                answer = input("[Enter] keep  [d] drop  or type a better text: ").strip()
+                text, why = answer or text, "repaired and kept" if answer else why
+                why = "dropped: by you" if answer.lower() == "d" else why
+        report[why] += 1
+        if "kept" in why:
+            kept.append(dict(image=str(album[i].path.resolve()), caption=text, before=before))
     print("curation: " + "; ".join(f"{what}: {n}" for what, n in report.items()))
     out = Path(job.cfg.out) / "curated"
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1))
-    notes = [dict(image=str(album[i].path.resolve()), caption=text, before=said[i]) for i, text in kept]
-    (out / "filter_cap.json").write_text(json.dumps(dict(annotations=notes), indent=1, ensure_ascii=False))
-
-
-def reviewed(path: Path, text: str) -> str:
-    """A person decides; "" is: drop it."""
-    print(f"\n{path}\n{text}")
-    answer = input("[Enter] keep  [d] drop  or type a better text: ").strip()
-    return text if not answer else "" if answer.lower() == "d" else answer
+    (out / "filter_cap.json").write_text(json.dumps(dict(annotations=kept), indent=1, ensure_ascii=False))
 
 
 def mender(spec: str) -> Callable:
-    """A teacher, who does not see the pictures, as a function: texts -> repaired texts, None where there is none."""
+    """A teacher, who does not see the pictures: texts -> repaired texts, None where there is none."""
     ask = teacher.teacher(spec, temperature=0.7, max_new_tokens=200)
 
     def mend(texts: Sequence[str]) -> list[Optional[str]]:
@@ -428,38 +419,27 @@ class Job:
     template: str
     folder: Path  # of the language model
 
-    def train(self, stage: str, name: str, rows, source: str, net, seq_len: int = 0, **more):
-        """The one loop, with this stage's numbers."""
-        sft = stage_config(self.cfg, stage)
-        sft = replace(sft, seq_len=seq_len or sft.seq_len)
-        return train_sft.run_stage(sft, name, self.machine, rows, self.tokenizer, self.template, source,
-                                   network=net, **more)
-
 
 def open_job(cfg: VLMConfig, machine: train_sft.Machine) -> Job:
-    try:
-        llama, path, meta = model.load(cfg.init)
-    except Problem as problem:
-        if Path(cfg.init).exists():
-            raise
-        raise Problem(f"{problem}. A language model has to be there first") from None
+    llama, path, meta = model.load(cfg.init)
     template = {"vicuna_v0": "minigpt4"}.get(meta["template"], meta["template"])  # as published
     return Job(cfg, machine, llama, data.Tokenizer(path), template, model.find(cfg.init))
 
 
 def train_encoder(job: Job, album: Sequence[Captioned]) -> Path:
-    """Stage 0. Returns the folder with ViT and Q-Former."""
-    vit, qformer = vision.PRESETS["photos" if album else "toy"]
+    """Stage 0, on toy scenes when there is no album. Returns the folder with ViT and Q-Former."""
+    cfg, (vit, qformer) = job.cfg, vision.PRESETS["photos" if album else "toy"]
     vit, qformer = vision.ViTConfig(**vit), vision.QFormerConfig(**qformer)
     if album:
-        rows = Photos(album, qformer.n_queries, job.cfg.seed, vit.image_size)
-        symbols, source = rows.symbols, text_digest("\n".join(c.caption for c in album))
+        rows = Photos(album, qformer.n_queries, cfg.seed, vit.image_size)
     else:
-        rows, symbols, source = Scenes(job.cfg.seed, vit.image_size), SYMBOLS, "toy pictures"
-    torch.manual_seed(job.cfg.seed)
-    net = Sight(SightConfig(vit, qformer, symbols))
-    job.train("0", "vision", rows, source, net, 1 + qformer.n_queries)
-    return Path(job.cfg.out) / "vision"
+        rows = Scenes(cfg.seed, vit.image_size)
+    torch.manual_seed(cfg.seed)
+    net = Sight(SightConfig(vit, qformer, rows.symbols))
+    sft = replace(stage_config(cfg, "0"), seq_len=1 + qformer.n_queries)
+    source = text_digest("\n".join(c.caption for c in album)) if album else "toy pictures"
+    train_sft.run_stage(sft, "vision", job.machine, rows, job.tokenizer, job.template, source, network=net)
+    return Path(cfg.out) / "vision"
 
 
 def give_eyes(job: Job, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
@@ -472,31 +452,63 @@ def give_eyes(job: Job, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
         f"{name}_crc": model.fingerprint(path) for name, path in parts.items()}
 
 
-def align(job: Job, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned], name: str = "align"):
-    """Stage 1."""
-    sft = stage_config(job.cfg, "1")
-    examples = [alt_example(c.caption, net.n_queries, job.tokenizer) for c in album]
-    images = frozen_images(net, album, job.machine)
-    rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
-    source = text_digest("\n".join(c.caption for c in album))
-    return job.train("1", name, rows, source, net, beside=beside)
-
-
-def finetune(job: Job, net: vision.MiniGPT4, beside: dict, folder: Path, name: str = "minigpt4",
-             parent: str = "align") -> None:
-    """Stage 2, on the descriptions in `folder`. Left out, and said so, when they are fewer than one batch."""
-    sft, rng = stage_config(job.cfg, "2"), random.Random(job.cfg.seed)
-    album = load_album(folder, Counter())
-    if len(album) < sft.batch_size:
-        print(f"{name}: stage 2 is left out: {len(album)} descriptions in {folder} are fewer than a batch of "
+def project(job: Job, stage: str, net: vision.MiniGPT4, beside: dict, album: Sequence[Captioned], name: str,
+            parent: str = "") -> None:
+    """Stage 1 or 2, into the folder `name`. Stage 2 is left out, and says so, with less than one batch."""
+    sft, rng = stage_config(job.cfg, stage), random.Random(job.cfg.seed)
+    if stage == "2" and len(album) < sft.batch_size:
+        print(f"{name}: stage 2 is left out: {len(album)} descriptions are fewer than a batch of "
               f"{sft.batch_size}; train stage 1 for longer, on more pictures, or give --teacher")
         return
-    examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, job.template, job.tokenizer,
-                          sft.seq_len) for c in album]
-    images = frozen_images(net, album, job.machine)
+    if stage == "1":
+        examples = [alt_example(c.caption, net.n_queries, job.tokenizer) for c in album]
+    else:
+        examples = [described(c.caption, rng.choice(INSTRUCTIONS), net.n_queries, job.template, job.tokenizer,
+                              sft.seq_len) for c in album]
+    images = frozen_images(net, [c.path for c in album], job.machine)
     rows = PictureRows(examples, sft.seq_len, job.tokenizer.eos, job.cfg.seed, images)
     source = text_digest("\n".join(c.caption for c in album))
-    job.train("2", name, rows, source, net, parent=str(Path(job.cfg.out) / parent), beside=beside)
+    train_sft.run_stage(sft, name, job.machine, rows, job.tokenizer, job.template, source, network=net,
+                        beside=beside, parent=parent)
+
+
+def copied(net: vision.MiniGPT4) -> dict:
+    return {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
+
+
+class Material(NamedTuple):
+    """What the stages work on: toy pictures, or somebody's."""
+    learn: Sequence[Captioned]  # for stage 1; the encoder may learn from them, too
+    pool: Sequence[Captioned]  # to be described and curated
+    mend: Callable  # the teacher: texts -> repaired texts
+    true: Callable  # (number in the pool, text) -> may it stay?
+    shortest: int  # tokens of a description; a shorter one is continued
+    table: Callable  # (the model, the projection after stage 1) -> figures
+
+
+def chain(job: Job) -> dict:
+    """All stages, or the one asked for."""
+    cfg, out = job.cfg, Path(job.cfg.out)
+    material = (photo_material if cfg.images else toy_material)(job)
+    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, material.learn if cfg.images else ())
+    if cfg.stage == "0":
+        return dict(folder=str(encoder))
+    net, beside = give_eyes(job, encoder)
+    descriptions = out / "curated"
+    if cfg.stage == "2" and cfg.images:  # your own descriptions: nothing to curate
+        model.load(out / "align", network=net)
+        descriptions = Path(cfg.images)
+    else:
+        project(job, "1", net, beside, material.learn, "align")
+        if cfg.stage == "1":
+            return dict(folder=str(out / "align"))
+        if cfg.stage == "curate" or cfg.resume == "never" or not (descriptions / "filter_cap.json").exists():
+            curate(job, net.eval(), material)
+        if cfg.stage == "curate":
+            return dict(folder=str(descriptions))
+    aligned = copied(net)
+    project(job, "2", net, beside, load_album(descriptions, Counter()), "minigpt4", str(out / "align"))
+    return dict(folder=str(out / "minigpt4")) if job.machine.sharded else material.table(net.eval(), aligned)
 
 
 # -- the toy chain, and what it must be compared with --------------------------------------------------------
@@ -508,167 +520,126 @@ class Exam(NamedTuple):
     questions: list  # toy.Question
 
 
+SPLITS = dict(scenes="(a) unseen scenes", pairs="(b) unseen color x shape",
+              minimal="minimal pairs, both right")
+
+
 def exam(split: str, n: int, seed: int = 1) -> Exam:
-    """The same for everybody; in split "pairs" the question is about an object whose pair was never met."""
-    rng, scenes, questions = random.Random(f"pictures {split} {seed}"), [], []
+    """The same for everybody; in "pairs" the question is about an object whose pair was never met. In
+    "minimal" they come in twos: the same scene on the same ground, but for one colour or size."""
+    rng, e = random.Random(f"pictures {split} {seed}"), Exam([], [], [])
     kinds = [k for k in toy.SCENE_KINDS if k != "describe"]
-    while len(scenes) < n:
+    while len(e.scenes) < n:
+        if split == "minimal":
+            pair = toy.minimal_pair(rng)
+            scenes = [sorted(toy.found("objects", item.told), key=lambda o: toy.PLACES.index(o.place))
+                      for item in pair]
+            if all(len(scene) == 2 for scene in scenes):  # told in words that can be read back
+                ground = rng.random()
+                e.scenes.extend(scenes)
+                e.pictures.extend(toy.draw(scene, random.Random(ground)) for scene in scenes)
+                e.questions.extend(item.question for item in pair)
+            continue
         scene = toy.pick_scene(rng, split)
         about = next((o for o in scene if (o.color, o.shape) in toy.HELD_PAIRS), None)
         q = toy.ask_scene(rng.choice(kinds), scene, rng, about=about)
         if q:
-            scenes.append(scene)
-            questions.append(q)
-    return Exam(scenes, [toy.draw(s, rng) for s in scenes], questions)
-
-
-def minimal_pairs(n: int) -> Exam:
-    """n questions about two pictures each: the same scene, but for one colour or size. Two by two."""
-    rng, e = random.Random("minimal pictures"), Exam([], [], [])
-    while len(e.scenes) < 2 * n:
-        pair = toy.minimal_pair(rng)
-        scenes = [sorted(toy.found("objects", item.told), key=lambda o: toy.PLACES.index(o.place)) for item in pair]
-        if all(len(scene) == 2 for scene in scenes):  # told in words that can be read back
-            ground = rng.random()
-            e.scenes.extend(scenes)
-            e.pictures.extend(toy.draw(scene, random.Random(ground)) for scene in scenes)
-            e.questions.extend(item.question for item in pair)
+            e.scenes.append(scene)
+            e.questions.append(q)
+    e.pictures.extend(toy.draw(s, rng) for s in e.scenes[len(e.pictures):])
     return e
-
-
-def both_right(job: "Job", net: vision.MiniGPT4, e: Exam) -> dict:
-    """Minimal pairs: how often both answers are right, of the pictures and of the same in words."""
-    shares, asked = {}, [q.text for q in e.questions]
-    told = [f"There is {toy.caption(s)}. {text}" for s, text in zip(e.scenes, asked)]
-    for name, questions, seen in (("MiniGPT-4", asked, look(net, e.pictures, job.machine)), ("in words", told, None)):
-        answers, _ = ask(net, job.tokenizer, job.template, questions, seen)
-        right = [toy.grade(q, a) == 1 for q, a in zip(e.questions, answers)]
-        shares["minimal pairs", name] = sum(map(min, right[::2], right[1::2])) / (len(right) // 2)
-    print("\nminimal pairs, both right, %: " + ", ".join(f"{name} {100 * x:.0f}" for (_, name), x in shares.items()))
-    return shares
 
 
 def exact(scene: toy.Scene, reply: str) -> bool:
     return toy.found("objects", reply) == set(scene)
 
 
-def look(net: vision.MiniGPT4, pictures: Sequence[np.ndarray], machine: train_sft.Machine) -> torch.Tensor:
-    size = net.vit.config.image_size
-    pixels = torch.stack([vision.preprocess(p, size) for p in pictures])
-    return encode_all(net, lambda at: pixels[at], len(pictures), machine)
-
-
-def toy_chain(job: Job) -> dict:
+def toy_material(job: Job) -> Material:
     cfg, sizes, out = job.cfg, FAST if job.cfg.fast else TOY, Path(job.cfg.out)
-    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, ())
-    if cfg.stage == "0":
-        return dict(folder=str(encoder))
     for name, text in (("alt", toy.alt_text), ("curate", lambda scene, rng: toy.caption(scene))):
         write_toy_album(out / "data" / name, "train", sizes[name], f"{name} {cfg.seed}", text)
     alt, pool = (load_album(out / "data" / name, Counter()) for name in ("alt", "curate"))
     truth = json.loads((out / "data" / "curate" / "scenes.json").read_text())
     scenes = [tuple(toy.Object(*o) for o in scene) for scene in truth]
-
-    net, beside = give_eyes(job, encoder)
-    align(job, net, beside, alt)
-    if cfg.stage == "1":
-        return dict(folder=str(out / "align"))
-    if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
-        curate(job, net.eval(), pool, mender(cfg.teacher or "oracle"), lambda i, text: exact(scenes[i], text), 20)
-    if cfg.stage == "curate":
-        return dict(folder=str(out / "curated"))
-    aligned = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
-    finetune(job, net, beside, out / "curated")
-    return table(job, net.eval(), aligned, alt, sizes["questions"])
+    return Material(alt, pool, mender(cfg.teacher or "oracle"), lambda i, text: exact(scenes[i], text), 20,
+                    lambda net, aligned: table(job, net, aligned, alt, sizes["questions"]))
 
 
 def random_eyes(job: Job, net: vision.MiniGPT4, alt: Sequence[Captioned]) -> vision.MiniGPT4:
     """Control: a frozen encoder that has learned nothing, and a linear layer trained as long as the other."""
     torch.manual_seed(job.cfg.seed + 1)
     blind = vision.MiniGPT4(job.llama, vision.ViT(net.vit.config), vision.QFormer(net.qformer.config))
-    blind = blind.to(job.machine.device)
+    blind, out = blind.to(job.machine.device), Path(job.cfg.out)
     beside = dict(llama=str(job.folder), vision="random")
-    align(job, blind, beside, alt, "random-align")
-    finetune(job, blind, beside, Path(job.cfg.out) / "curated", "random-minigpt4", "random-align")
+    project(job, "1", blind, beside, alt, "random-align")
+    project(job, "2", blind, beside, load_album(out / "curated", Counter()), "random-minigpt4",
+            str(out / "random-align"))
     return blind.eval()
 
 
 def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned], n: int) -> dict:
-    """Captions and zero-shot questions on both held-out splits, beside the controls; failures, hallucinations."""
-    blind, rng = random_eyes(job, net, alt), random.Random(0)
-    final = {name: w.clone() for name, w in net.llama_proj.state_dict().items()}
-    figures, said = {}, {}
-    exams = {split: exam(split, n) for split in ("scenes", "pairs")}
+    """Captions and zero-shot questions on held-out splits, beside the controls; failures, hallucinations."""
+    blind, rng, figures, said, out = random_eyes(job, net, alt), random.Random(0), {}, {}, Path(job.cfg.out)
+    untrained, final = blind.llama_proj.state_dict(), copied(net)
+    exams = {split: exam(split, n) for split in SPLITS if split != "minimal" or job.cfg.full}
     for split, e in exams.items():
-        seen = look(net, e.pictures, job.machine)
-        asked, requests = [q.text for q in e.questions], [INSTRUCTIONS[i % 4] for i in range(n)]
-        told = [toy.tell(s, rng) for s in e.scenes]
+        seen, asked = look(net, e.pictures, job.machine), [q.text for q in e.questions]
+        wishes, told = [INSTRUCTIONS[i % 4] for i in range(n)], [toy.tell(s, rng) for s in e.scenes]
         in_words = [f"{t} {q}" for t, q in zip(told, asked)], [t + " Describe the scene." for t in told]
         players = {  # name: who, with which projection, questions, requests for a description, what is seen
-            "MiniGPT-4": (net, final, asked, requests, seen),
+            "MiniGPT-4": (net, final, asked, wishes, seen),
             "in words": (net, final, *in_words, None),
-            "no picture": (net, final, asked, requests, None),
-            "shuffled": (net, final, asked, requests, seen.roll(1, 0)),
-            "random eyes": (blind, None, asked, requests, look(blind, e.pictures, job.machine)),
-            "stage 1": (net, aligned, asked, requests, seen)}
-        for name, (who, weights, questions, wishes, features) in tqdm(players.items(), desc=split, leave=False):
-            if weights:
-                who.llama_proj.load_state_dict(weights)
-            said[split, name] = captions = ask(who, job.tokenizer, job.template, wishes, features)
-            answers, _ = ask(who, job.tokenizer, job.template, questions, features)
-            right = sum(toy.grade(q, a) == 1 for q, a in zip(e.questions, answers))
-            figures[split, "captions", name] = sum(map(exact, e.scenes, captions[0])) / n
-            figures[split, "questions", name] = right / n
-    print_table(figures)
+            "no picture": (net, final, asked, wishes, None),
+            "shuffled": (net, final, asked, wishes, seen.roll(1, 0)),
+            "random eyes": (blind, untrained, asked, wishes, look(blind, e.pictures, job.machine)),
+            "stage 1": (net, aligned, asked, wishes, seen)}
+        for name, (who, weights, questions, requests, features) in players.items():
+            who.llama_proj.load_state_dict(weights)
+            said[split, name] = captions, _ = ask(who, job, requests, features)
+            answers, _ = ask(who, job, questions, features)
+            for what, right in (("captions", list(map(exact, e.scenes, captions))),
+                                ("questions", [toy.grade(q, a) == 1 for q, a in zip(e.questions, answers)])):
+                if split == "minimal":  # they come in twos
+                    right = [a and b for a, b in zip(right[::2], right[1::2])]
+                figures[split, what, name] = sum(right) / len(right)
+    print(f"\n{'right, %':<40}" + "".join(f"{name:>13}" for name in players))
+    for split, what in dict.fromkeys(key[:2] for key in figures):
+        row = [figures[split, what, name] for name in players]
+        print(f"{SPLITS[split] + ', ' + what:<40}" + "".join(f"{100 * x:>13.0f}" for x in row)
+              + f"   picture / words: {100 * row[0] / max(0.01, row[1]):.0f}%")
     figures |= faults(job, net, exams["scenes"], said, aligned, final)
-    if job.cfg.full:
-        figures |= both_right(job, net, minimal_pairs(n))
-    out = Path(job.cfg.out)
     show(exams["scenes"], said["scenes", "MiniGPT-4"][0], out / "seen.png")
     minutes = (time.time() - train_sft.STARTED) / 60
     written = {" ".join(key): value for key, value in figures.items()}
     (out / "seeing.json").write_text(json.dumps(dict(written, seed=job.cfg.seed, minutes=minutes), indent=1))
-    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now type:"
-          f"\n  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
+    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now type:\n"
+          f"  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
     return figures
-
-
-def print_table(figures: dict) -> None:
-    names = list(dict.fromkeys(name for *_, name in figures))
-    print(f"\n{'right, %':<34}" + "".join(f"{n:>13}" for n in names))
-    for split, title in (("scenes", "(a) unseen scenes"), ("pairs", "(b) unseen color x shape")):
-        for what in ("captions", "questions"):
-            row = [figures[split, what, n] for n in names]
-            print(f"{title + ', ' + what:<34}" + "".join(f"{100 * x:>13.0f}" for x in row))
-    print("picture / words: " + ", ".join(
-        f"{what} {split} {100 * figures[split, what, 'MiniGPT-4'] / max(0.01, figures[split, what, 'in words']):.0f}%"
-        for split in ("scenes", "pairs") for what in ("captions", "questions")))
 
 
 def faults(job: Job, net: vision.MiniGPT4, e: Exam, said: dict, aligned: dict, final: dict) -> dict:
     """Stage 1 alone against stage 2: how descriptions fail, and what is seen that is not there."""
-    figures, rng, present = {}, random.Random(3), [{(o.color, o.shape) for o in s} for s in e.scenes]
-    seen, yes_no, n = look(net, e.pictures, job.machine), [], len(e.scenes)
-    for i, scene in enumerate(e.scenes):
-        yes_no += [(i, q) for q in judge.pope_questions(scene, rng)]
-    about, questions = zip(*yes_no)
+    figures, rng, n = {}, random.Random(3), len(e.scenes)
+    yes_no = [(i, q) for i, scene in enumerate(e.scenes) for q in judge.pope_questions(scene, rng)]
+    seen, questions = look(net, e.pictures, job.machine)[[i for i, _ in yes_no]], [q for _, q in yes_no]
     for name, weights in (("stage 1", aligned), ("MiniGPT-4", final)):
         captions, ended = said["scenes", name]
-        why = Counter(judge.failure(*reply) or ("" if exact(s, reply[0]) else "is wrong")
-                      for s, reply in zip(e.scenes, zip(captions, ended)))
+        why = Counter(judge.failure(text, end) or ("" if exact(s, text) else "is wrong")
+                      for s, text, end in zip(e.scenes, captions, ended))
         net.llama_proj.load_state_dict(weights)
-        answers, _ = ask(net, job.tokenizer, job.template, [q.text for q in questions], seen[list(about)])
-        chair, pope = judge.chair(captions, present), judge.pope(questions, answers)
+        answers, _ = ask(net, job, [q.text for q in questions], seen)
+        chair = judge.chair(captions, [{(o.color, o.shape) for o in s} for s in e.scenes])
+        pope = judge.pope(questions, answers)
         rows = {kind: why[kind] / n for kind in ("empty", "repeats", "does not stop", "fragment", "is wrong")}
         rows |= {"fails in one of these ways": 1 - why[""] / n,
                  "things named that are not there": chair["instances"],
                  "descriptions with such a thing": chair["sentences"],
                  "yes/no right (chance 50)": pope["accuracy"], "yes said (true of 50)": pope["yes"]}
         figures |= {("faults", title, name): share for title, share in rows.items()}
-    print(f"\n{'of descriptions and answers, %':<34}{'stage 1':>13}{'MiniGPT-4':>13}")
+    print(f"\n{'of descriptions and answers, %':<40}{'stage 1':>13}{'MiniGPT-4':>13}")
     for title in rows:
-        print(f"{title:<34}" + "".join(f"{100 * figures['faults', title, name]:>13.0f}"
-                                       for name in ("stage 1", "MiniGPT-4")))
+        row = [figures["faults", title, name] for name in ("stage 1", "MiniGPT-4")]
+        print(f"{title:<40}" + "".join(f"{100 * x:>13.0f}" for x in row))
     return figures
 
 
@@ -694,47 +665,32 @@ def show(e: Exam, replies: Sequence[str], path: Path) -> None:
 
 # -- your own pictures ---------------------------------------------------------------------------------------
 
-def photo_chain(job: Job) -> dict:
-    """The same stages on a folder of pictures with captions; a tenth of it, by a hash of the name, is held out."""
-    cfg, out, report = job.cfg, Path(job.cfg.out), Counter()
+def photo_material(job: Job) -> Material:
+    """A folder of pictures with captions; a tenth of it, by a hash of the name, is held out."""
+    cfg, report = job.cfg, Counter()
     album = load_album(cfg.images, report)
     held = [c for c in album if text_digest(c.path.name) < "1999"]
     learn = [c for c in album if text_digest(c.path.name) >= "1999"]
     print(f"{cfg.images}: {len(album)} pictures with captions, {len(held)} of them held out"
           + "".join(f"; {why}: {k}" for why, k in report.items() if k))
-    encoder = Path(cfg.vision) if cfg.vision else train_encoder(job, learn)
-    if cfg.stage == "0":
-        return dict(folder=str(encoder))
-    net, beside = give_eyes(job, encoder)
-    if cfg.stage == "2":  # your own descriptions: nothing to curate
-        model.load(out / "align", network=net)
-        finetune(job, net, beside, Path(cfg.images))
-        return dict(folder=str(out / "minigpt4")) if job.machine.sharded else photo_table(job, net.eval(), learn, held)
-    align(job, net, beside, learn)
-    if cfg.stage == "1":
-        return dict(folder=str(out / "align"))
-    if not (out / "curated" / "filter_cap.json").exists() or cfg.resume == "never" or cfg.stage == "curate":
-        pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
-        words, _ = caption_symbols(pool, 1)
-        if not cfg.teacher:
-            print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
-        curate(job, net.eval(), pool, mender(cfg.teacher) if cfg.teacher else list,
-               lambda i, text: words[i][0] in text.lower(), 1)
-    if cfg.stage == "curate":
-        return dict(folder=str(out / "curated"))
-    finetune(job, net, beside, out / "curated")
-    return photo_table(job, net.eval(), learn, held)
+    pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
+    words, _ = caption_symbols(pool, 1)
+    if not cfg.teacher:
+        print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
+    return Material(learn, pool, mender(cfg.teacher) if cfg.teacher else list,
+                    lambda i, text: words[i][0] in text.lower(), 1,
+                    lambda net, aligned: photo_table(job, net, learn, held))
 
 
-def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence[Captioned], held: Sequence[Captioned]) -> dict:
-    """How often a description of a held-out picture names the rarest word of its caption before any other such."""
+def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence, held: Sequence[Captioned]) -> dict:
+    """How often a description of a held-out picture names its caption's rarest word before another such."""
     if not held:
         return {}
     names = {row[0] for row in caption_symbols(learn, 1)[0]}
     truth = [next((w for w in re.findall(r"\w+", c.caption.lower()) if w in names), "") for c in held]
-    features, figures = frozen_images(net, held, job.machine)(range(len(held))), {}
+    features, figures = look(net, [c.path for c in held], job.machine), {}
     for name, seen in (("MiniGPT-4", features), ("shuffled", features.roll(1, 0))):
-        replies, _ = ask(net, job.tokenizer, job.template, [INSTRUCTIONS[0]] * len(held), seen)
+        replies, _ = ask(net, job, [INSTRUCTIONS[0]] * len(held), seen)
         named = [[w for w in re.findall(r"\w+", r.lower()) if w in names][:1] for r in replies]
         figures[name] = sum(row == [t] for row, t in zip(named, truth)) / len(held)
         print(f"{name}: names the right thing in {100 * figures[name]:.1f}% of {len(held)} held-out pictures")
@@ -745,11 +701,11 @@ def main(cfg: VLMConfig) -> dict:
     print(describe(cfg))
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
     if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
-        raise Problem("several processes train stage 1 or 2 of your own pictures: torchrun needs --images, --vision and "
-                      "--stage=1 or 2; the rest writes files, and is for one process")
+        raise Problem("torchrun is for stage 1 or 2 on your own pictures (--images, --vision, --stage=1 or 2); "
+                      "the rest writes files, and is for one process")
     job = open_job(cfg, machine)
     try:
-        return (photo_chain if cfg.images else toy_chain)(job)
+        return chain(job)
     except train_sft.Stopped as stopped:
         script = " ".join(sys.argv) if sys.argv[0].endswith(".py") else "train_vlm.py"
         print(f"\n{stopped}. To go on: python {script}")

@@ -207,9 +207,10 @@ def test_crops_stay_inside(size):
 def run_two_stages(cfg, pictures):
     job = open_job(cfg)
     net, beside = train_vlm.give_eyes(job, cfg.vision)
-    net = train_vlm.align(job, net, beside, train_vlm.load_album(pictures, Counter()))
+    found = train_vlm.load_album(pictures, Counter())
+    train_vlm.project(job, "1", net, beside, found, "align")
     first = net.llama_proj.weight.clone()
-    train_vlm.finetune(job, net, beside, pictures)
+    train_vlm.project(job, "2", net, beside, found, "minigpt4", str(Path(cfg.out) / "align"))
     return net, first
 
 
@@ -262,7 +263,7 @@ def test_parts_that_do_not_fit(tmp_path, encoder, album, speech):
     cfg = settings(tmp_path)
     job = open_job(cfg)
     net, beside = train_vlm.give_eyes(job, encoder)
-    train_vlm.align(job, net, beside, train_vlm.load_album(album, Counter()))
+    train_vlm.project(job, "1", net, beside, train_vlm.load_album(album, Counter()), "align")
     wide = model.LLaMA(model.LLaMAConfig(dim=96, n_layers=1, n_heads=2, vocab_size=64))
     other = vision.MiniGPT4(wide, net.vit, net.qformer)
     with pytest.raises(config.Problem, match=r"llama_proj.*\[64, 32\].*\[96, 32\]"):
@@ -293,6 +294,17 @@ def test_vicuna_v0_speaks_as_minigpt4_did(tmp_path):
     meta = json.loads((MICRO / "meta.json").read_text())
     (tmp_path / "v0" / "meta.json").write_text(json.dumps({**meta, "template": "vicuna_v0"}))
     assert open_job(train_vlm.VLMConfig(init=str(tmp_path / "v0"))).template == "minigpt4"
+
+
+def test_the_whole_toy_chain(tmp_path, encoder, monkeypatch, capsys):
+    """Two steps of each stage teach nothing, but every part meets every other one, down to the table."""
+    monkeypatch.setattr(train_vlm, "TOY", dict(alt=6, curate=4, questions=2))
+    monkeypatch.setattr(train_sft, "choose_machine", lambda cfg: MACHINE)
+    figures = train_vlm.main(settings(tmp_path, full=True, steps=2))
+    assert {key[:2] for key in figures if key[0] == "minimal"} == {("minimal", "captions"), ("minimal", "questions")}
+    assert 0 <= figures["scenes", "questions", "in words"] <= 1 and (tmp_path / "seen.png").exists()
+    assert json.loads((tmp_path / "curated" / "report.json").read_text())["asked"] == 4
+    assert "minimal pairs, both right, questions" in capsys.readouterr().out
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
@@ -356,7 +368,7 @@ def test_curation_counts_what_happens(tmp_path, album, speech, monkeypatch):
             "small red ring in the middle. I'm sorry, I made a mistake. It is fine.", "small red ring in the middle"]
     asked = []
 
-    def fake(net, tokenizer, template, questions, features, limit=64):
+    def fake(net, job, questions, features, limit=64):
         asked.append(questions)
         if len(asked) == 1:
             return said, None
@@ -372,7 +384,8 @@ def test_curation_counts_what_happens(tmp_path, album, speech, monkeypatch):
         return [texts[0], toy.mend(texts[1]), "INCOMPLETE", texts[3], texts[4], None]
 
     job = train_vlm.replace(speech, cfg=settings(tmp_path, review=True))
-    train_vlm.curate(job, eyes(speech), pictures, mend, lambda i, text: "ring" in text, 3)
+    material = train_vlm.Material([], pictures, mend, lambda i, text: "ring" in text, 3, print)
+    train_vlm.curate(job, eyes(speech), material)
     out = tmp_path / "curated"
     report = json.loads((out / "report.json").read_text())
     assert report == {"asked": 6, "continued": 1, "kept as it was": 1, "dropped: by you": 1, "repaired and kept": 1,
@@ -394,15 +407,13 @@ def test_faults_are_those_of_the_judge(speech):
         "faults", "descriptions with such a thing", "MiniGPT-4"]
 
 
-def test_minimal_pairs_differ_in_one_thing(speech, capsys):
-    e = train_vlm.minimal_pairs(3)
+def test_minimal_pairs_differ_in_one_thing():
+    e = train_vlm.exam("minimal", 6)
     for k in (0, 2, 4):
         (a, b), (seen_a, seen_b) = e.scenes[k:k + 2], (p.astype(int) for p in e.pictures[k:k + 2])
         assert sum(x != y for o, p in zip(a, b) for x, y in zip(o, p)) == 1
         assert 0 < (abs(seen_a - seen_b).max(-1) > 12).mean() < 0.15, "another ground"
         assert e.questions[k].text == e.questions[k + 1].text and e.questions[k].full != e.questions[k + 1].full
-    shares = train_vlm.both_right(speech, eyes(speech), e)
-    assert set(shares) == {("minimal pairs", "MiniGPT-4"), ("minimal pairs", "in words")}
 
 
 def test_exams_hold_out_what_they_say():
