@@ -16,6 +16,7 @@ POPE (2305.10355).
 
 import getpass
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -393,14 +394,16 @@ def review(judge, games: list[tuple], questions: list[Question], cfg: JudgeConfi
         read, written = sum(len(c.system + c.turns[0].text) for *_, c in jobs) // 4, 400 * len(jobs)
         print(f"{len(jobs)} reviews to come from {judge.name}: about {read} tokens to read, {written} to "
               "write" + cost(read, written, cfg))
+
+    def keep(n: int, reply: Reply) -> None:
+        kept, i, q, a, b, _ = jobs[n]
+        kept.add(dict(review_id=i, question_id=q.id, answer1_id=a["answer_id"], answer2_id=b["answer_id"],
+                      text=reply.text, score=list(read_scores(reply.text) or (-1, -1)),
+                      reviewer_id=judge.name,
+                      metadata=dict(ended=reply.ended, tokens=[reply.read, reply.written])))
+        bar.update()
+
     with tqdm(total=len(jobs), desc=f"reviews by {judge.name}", leave=False) as bar:
-        def keep(n: int, reply: Reply) -> None:
-            kept, i, q, a, b, _ = jobs[n]
-            kept.add(dict(review_id=i, question_id=q.id, answer1_id=a["answer_id"], answer2_id=b["answer_id"],
-                          text=reply.text, score=list(read_scores(reply.text) or (-1, -1)),
-                          reviewer_id=judge.name,
-                          metadata=dict(ended=reply.ended, tokens=[reply.read, reply.written])))
-            bar.update()
         try:
             missing = sum(reply is None for reply in judge([c for *_, c in jobs], keep))
         finally:
@@ -434,11 +437,11 @@ def read_games(path: Path, by_hand: dict[str, tuple]) -> dict[int, Game]:
     games = {}
     for r in read_lines(path, "question_id", "reviews") if path.stat().st_size else []:
         text, name = str(r.get("text", "")), str(r.get("review_id", f"{path.stem} {r['question_id']}"))
-        read, stored = read_scores(text), two_scores(r.get("score"))
-        scores, doubt = by_hand.get(name) or stored or read, ""
+        read, stored, doubt = read_scores(text), two_scores(r.get("score")), ""
         if stored and read and stored != read:
             doubt = f"stored {stored[0]:g} {stored[1]:g}, the text says {read[0]:g} {read[1]:g}"
-        winner = read_winner(text) if scores is None else (scores[1] > scores[0]) - (scores[1] < scores[0])
+        scores = by_hand.get(name) or stored or read
+        winner = (scores[1] > scores[0]) - (scores[1] < scores[0]) if scores else read_winner(text)
         answers = r.get("answer1_id"), r.get("answer2_id")
         games[r["question_id"]] = Game(name, scores, winner, text, doubt, answers)
     return games
@@ -455,8 +458,8 @@ def two_scores(value) -> Optional[tuple[float, float]]:
 
 @dataclass
 class RateConfig:
-    a: str  # a player of the run in --out, or an answer file
-    b: str  # the other one
+    a: str  # a player of the run in --out
+    b: str  # another one
     out: str = "out/judge"  # folder of the run: question.jsonl, answer/; ratings go to rating/
     rater: str = ""  # your name, for the agreement between raters; the login name when not given
 
@@ -465,11 +468,10 @@ def rate(cfg: RateConfig) -> dict:
     """Asks a person: which answer is better? Questions and sides are shuffled, names are not shown."""
     out = Path(cfg.out)
     questions = load_questions(str(out / "question.jsonl"))
-    names = [Path(p).stem.removeprefix("answer_") if p.endswith(".jsonl") else p for p in (cfg.a, cfg.b)]
-    if names[0] == names[1]:
-        raise Problem(f"{cfg.a} and {cfg.b} have the same name, {names[0]}")
-    answers = [read_answers(p if p.endswith(".jsonl") else out / "answer" / f"answer_{p}.jsonl", questions)
-               for p in (cfg.a, cfg.b)]
+    names = [cfg.a, cfg.b]
+    if cfg.a == cfg.b:
+        raise Problem(f"{cfg.a} cannot be compared with itself")
+    answers = [read_answers(out / "answer" / f"answer_{name}.jsonl", questions) for name in names]
     rater = re.sub(r"\W+", "-", cfg.rater or getpass.getuser())
     path = out / "rating" / f"{rater}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -484,19 +486,19 @@ def rate(cfg: RateConfig) -> dict:
         print(f"\n{'-' * 80}\n[{left} left] " + in_turns(questions[n].turns))
         for side in (0, 1):
             print(f"\n--- answer {side + 1}\n" + in_turns(said_in(answers[shown[side]][n])))
+        verdicts = {"1": names[shown[0]], "2": names[shown[1]], "t": "tie", "tie": "tie", "s": "", "q": ""}
         said = ""
-        while said not in ("1", "2", "t", "tie", "s", "q"):
+        while said not in verdicts:
             try:
                 said = input("\n1, 2, t, s or q? ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 said = "q"
         if said == "q":
             break
-        if said != "s":
-            winner = {"1": names[shown[0]], "2": names[shown[1]]}.get(said, "tie")
+        if verdicts[said]:
             with open(path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(dict(question_id=questions[n].id, models=[names[i] for i in shown],
-                                        winner=winner, rater=rater)) + "\n")
+                                        winner=verdicts[said], rater=rater)) + "\n")
             rated += 1
     print(f"\n{rated} ratings added to {path}. Files of several raters in {path.parent} are merged: "
           f"python judge.py report {out}")
@@ -541,58 +543,54 @@ def compare(a: str, b: str, forward: dict, back: Optional[dict], categories: dic
     In both orders, b wins when it wins twice, and what the orders disagree on is a tie (2306.05685); scores
     are the mean of both. A question without a readable review in every order is left out of all figures.
     """
-    rows, left_out = [], [i for i in categories if i not in forward]
+    rows, left_out, sign = [], [i for i in categories if i not in forward], lambda x, y: (y > x) - (y < x)
     for i, game in forward.items():
         games = [game] if back is None else [game, back[i]] if i in back else []
         if not games or any(g.winner is None for g in games):
             left_out.append(i)
             continue
-        verdicts = [g.winner for g in games[:1]] + [-g.winner for g in games[1:]]
-        scores = [g.scores[::-1] if k else g.scores for k, g in enumerate(games) if g.scores]
+        verdicts = {g.winner if g is game else -g.winner for g in games}
+        scores = [g.scores if g is game else g.scores[::-1] for g in games if g.scores]
         said = [answers.get(answer_id) for answer_id in game.answers]  # None: the answer's file is not here
-        words = [len(said_in(r)[-1].split()) if r else 0 for r in said]
         grades = [(r.get("metadata") or {}).get("grade") if r else None for r in said]
-        known, agree = None not in grades, len(set(verdicts)) == 1
         rows.append(dict(
-            id=i, category=categories.get(i, "unknown"), agree=agree, swapped=bool(back),
-            verdict=verdicts[0] if agree else 0, position=-sum(g.winner for g in games),
+            id=i, category=categories.get(i, "unknown"), agree=len(verdicts) == 1, swapped=bool(back),
+            verdict=min(verdicts) if len(verdicts) == 1 else 0, position=-sum(g.winner for g in games),
             scores=np.mean(scores, 0).tolist() if len(scores) == len(games) else None,
-            longer=(words[1] > words[0]) - (words[1] < words[0]), grades=grades,
-            truth=(grades[1] > grades[0]) - (grades[1] < grades[0]) if known else None,
+            longer=sign(*(len(said_in(r)[-1].split()) if r else 0 for r in said)), grades=grades,
+            truth=None if None in grades else sign(*grades),
             people={rater: 0 if winner == "tie" else 1 if winner == b else -1
                     for rater, winner in votes.get((i, frozenset((a, b))), {}).items()},
             doubt="; ".join(g.doubt for g in games if g.doubt), reviews=[g.text for g in games],
             said=[in_turns(said_in(r)) if r else "" for r in said]))
-    scored = [r for r in rows if r["scores"]]
 
     def totals(some: list[dict]) -> dict:
         return dict(n=len(some), totals=[sum(r["scores"][k] for r in some) for k in (0, 1)],
                     percent=ratio(some, lambda r: r["scores"][1], lambda r: r["scores"][0]))
 
+    scored, verdicts = [r for r in rows if r["scores"]], Counter(r["verdict"] for r in rows)
     return dict(totals(scored), a=a, b=b, n=len(rows), left_out=left_out, rows=rows,
-                wins=sum(r["verdict"] == 1 for r in rows), ties=sum(r["verdict"] == 0 for r in rows),
-                losses=sum(r["verdict"] == -1 for r in rows),
+                wins=verdicts[1], ties=verdicts[0], losses=verdicts[-1],
                 preferred=ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0),
                 categories={c: totals([r for r in scored if r["category"] == c])
                             for c in dict.fromkeys(r["category"] for r in scored)})
 
 
-def agreement(votes: Iterable[tuple[int, int]]) -> Optional[dict]:
+def agreement(votes: Sequence[tuple[int, int]]) -> Optional[dict]:
     """Of two judges' signs: the share of equal ones, and that where neither says tie (2306.05685: S1, S2)."""
-    votes = list(votes)
-    if not votes:
-        return None
     decided = [(x, y) for x, y in votes if x and y]
     same = lambda some: sum(x == y for x, y in some) / len(some) if some else None
-    return dict(n=len(votes), all=same(votes), n_decided=len(decided), decided=same(decided))
+    figures = dict(n=len(votes), all=same(votes), n_decided=len(decided), decided=same(decided))
+    return figures if votes else None
 
 
 def biases(rows: list[dict]) -> dict:
     """Of the judge, over all pairs. Position: both orders taken together, who stands first wins more often
     than who stands second. Length: of two equally right answers, the longer wins more often."""
-    both = [r for r in rows if r["swapped"]]
-    unequal = [r for r in rows if r["longer"]]
+    both, unequal = [r for r in rows if r["swapped"]], [r for r in rows if r["longer"]]
     equally_right = [r for r in unequal if r["swapped"] and r["truth"] == 0]
+    judged = [(r["verdict"], r["truth"]) for r in rows if r["truth"] is not None]
+    votes = [(r, v) for r in rows for v in r["people"].values()]
     one = lambda r: 1
     return dict(
         consistent=ratio(both, lambda r: r["agree"], one),
@@ -601,12 +599,9 @@ def biases(rows: list[dict]) -> dict:
         position=ratio(both, lambda r: np.sign(r["position"]), one),
         longer_wins=ratio(unequal, lambda r: r["verdict"] == r["longer"], lambda r: r["verdict"] != 0),
         length=ratio(equally_right, lambda r: r["verdict"] * r["longer"], one),
-        truth=agreement((r["verdict"], r["truth"]) for r in rows if r["truth"] is not None),
-        people=agreement((r["verdict"], v) for r in rows for v in r["people"].values()),
-        people_truth=agreement((r["truth"], v) for r in rows for v in r["people"].values()
-                               if r["truth"] is not None),
-        people_people=agreement((v, w) for r in rows for i, v in enumerate(r["people"].values())
-                                for w in list(r["people"].values())[i + 1:]))
+        truth=agreement(judged), people=agreement([(r["verdict"], v) for r, v in votes]),
+        people_people=agreement([p for r in rows for p in itertools.combinations(r["people"].values(), 2)]),
+        people_truth=agreement([(r["truth"], v) for r, v in votes if r["truth"] is not None]))
 
 
 # -- MiniGPT-4's measures, over captions ---------------------------------------------------------------------
@@ -690,10 +685,9 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
     listed = [dict(review_id=g.review_id, file=f.name, question_id=i, text=g.text,
                    score=by_hand.get(g.review_id))
               for f in files for i, g in games[f].items() if g.winner is None or g.review_id in by_hand]
-    here = {r["review_id"] for r in listed}
-    listed += [r for r in noted if r["review_id"] in by_hand.keys() - here]  # read by hand, for another judge
+    for_others = by_hand.keys() - {r["review_id"] for r in listed}  # read by hand, for another judge
     if listed or noted:
-        write_lines(unread, listed)
+        write_lines(unread, listed + [r for r in noted if r["review_id"] in for_others])
     pairs: dict[tuple, list] = {}
     for f in files:
         place, (a, b) = f.parent.parent if f.parent.name == "swapped" else f.parent, names_of(f)
@@ -703,11 +697,10 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
             pairs[place, a, b] = [games[f]]
     by_id = {r["answer_id"]: r for r in answers if r.get("answer_id")}
     votes, categories = read_ratings(out / "rating"), {q.id: q.category for q in questions}
-    found = []
-    for (place, a, b), both in pairs.items():
-        found.append(compare(a, b, both[0], both[1] if len(both) == 2 else None, categories, by_id, votes))
-        twice = sum(key[1:] == (a, b) for key in pairs) > 1  # published folders have pairs of equal names
-        found[-1]["title"] = f"{a} : {b}" + (f" ({place.name})" if twice else "")
+    found, often = [], Counter(key[1:] for key in pairs)  # published folders have pairs of equal names
+    for (place, a, b), (forward, *back) in pairs.items():
+        found.append(compare(a, b, forward, back[0] if back else None, categories, by_id, votes))
+        found[-1]["title"] = f"{a} : {b}" + (f" ({place.name})" if often[a, b] > 1 else "")
     figures = dict(
         judge=judge, questions=len(questions), pairs=found,
         biases=biases([r for p in found for r in p["rows"]]),
@@ -721,9 +714,8 @@ def report(files: list[Path], out: Path, questions: list[Question], answers: Ite
     page = (Path(__file__).parent / "assets" / "report.html").read_text(encoding="utf-8")
     page = page.replace("{{DATA}}", text.replace("<", "\\u003c"))  # no answer can close the script
     (out / "report.html").write_text(page, encoding="utf-8")
-    bare = [{k: v for k, v in p.items() if k != "rows"} for p in found]
-    text = json.dumps(dict(figures, pairs=bare), indent=1, default=float)
-    (out / "report.json").write_text(text, encoding="utf-8")
+    bare = dict(figures, pairs=[{k: v for k, v in p.items() if k != "rows"} for p in found])
+    (out / "report.json").write_text(json.dumps(bare, indent=1, default=float), encoding="utf-8")
     print(f"\nlook at it: {out / 'report.html'}; figures: {out / 'report.json'}")
     return figures
 
@@ -767,31 +759,30 @@ def print_report(figures: dict, unread: Path) -> None:
         print(f"{figures['unread']} reviews could not be read: write their scores into {unread}, run again")
     for doubt in figures["doubts"]:
         print(f"stored score against text: {doubt}")
+
+    def bias(figure: dict, up: str, down: str) -> str:
+        found = up if figure["low"] > 0 else down if figure["high"] < 0 else ""
+        return found and f". BIAS: it prefers {found}"
+
     if b["consistent"]:
         print(f"position: the judge agrees with itself on {percent(b['consistent'])} % when the order is "
               f"swapped; {percent(b['first'])} % go to who stands first, {percent(b['second'])} % to who "
-              "stands second" + found_bias(b["position"], "first", "second"))
+              "stands second" + bias(b["position"], "first", "second"))
     else:
         print("position: not measured, each pair was judged in one order only")
     if b["longer_wins"]:
         print(f"length: the longer answer wins {percent(b['longer_wins'])} % of what is decided")
     if b["length"]:
         print(f"length: of two equally right answers, the longer wins {percent(b['length'])} % more often "
-              "than the shorter" + found_bias(b["length"], "the longer", "the shorter"))
+              "than the shorter" + bias(b["length"], "the longer", "the shorter"))
     for name, what in (("truth", "judge and truth"), ("people", "judge and people"),
                        ("people_people", "people among themselves"), ("people_truth", "people and truth")):
-        a, said = b[name], "not measured"
-        if a:
-            said = f"{100 * a['all']:.0f} % of {a['n']} (chance 33)"
-        if a and a["n_decided"]:
-            said += f", {100 * a['decided']:.0f} % of the {a['n_decided']} that neither ties (chance 50)"
+        said = "not measured"
+        if a := b[name]:
+            said = f"{100 * a['all']:.0f} % of {a['n']} (chance 33)" + (
+                f", {100 * a['decided']:.0f} % of the {a['n_decided']} that neither ties (chance 50)"
+                if a["n_decided"] else "")
         print(f"agreement of {what}: {said}")
-
-
-def found_bias(figure: dict, up: str, down: str) -> str:
-    if figure["low"] > 0 or figure["high"] < 0:
-        return f". BIAS: it prefers {up if figure['low'] > 0 else down}"
-    return ""
 
 
 @dataclass
@@ -826,31 +817,28 @@ def report_files(cfg: ReportConfig) -> dict:
 def main(cfg: JudgeConfig) -> dict:
     print(describe(cfg))
     out, questions = Path(cfg.out), load_questions(cfg.questions, cfg.seed)
-    specs = [spec.strip() for spec in cfg.players.split(",") if spec.strip()]
-    names = name_players(specs)
-    model = cfg.model or ("vicuna" if "vicuna" in names else names[0])
-    baseline = cfg.baseline or ("oracle" if "oracle" in names else names[-1])
+    players = name_players(cfg)
+    model = cfg.model or ("vicuna" if "vicuna" in players else list(players)[0])
+    baseline = cfg.baseline or ("oracle" if "oracle" in players else list(players)[-1])
     for option, name in (("model", model), ("baseline", baseline)):
-        if name not in names:
-            raise Problem(f"--{option}={name} is none of the players: {', '.join(names)}")
+        if name not in players:
+            raise Problem(f"--{option}={name} is none of the players: {', '.join(players)}")
     if model == baseline:
         raise Problem(f"--model and --baseline are the same, {model}")
-    for spec in (*specs, cfg.judge):
-        if spec in TOYS and cfg.questions != "toy":
-            raise Problem(f"{spec} knows the toy world only: give --players and --judge to your questions")
     settings = [cfg.temperature, cfg.max_new_tokens or (64 if cfg.questions == "toy" else 1024)]
-    judge = teacher(cfg.judge, 0.0, 1024, cfg.quantize, per_minute=cfg.per_minute)  # a missing key is found now
+    server = dict(quantize=cfg.quantize, per_minute=cfg.per_minute)
+    judge = teacher(cfg.judge, **server)  # now: a missing key is found at once
     write_lines(out / "question.jsonl", [
         dict(question_id=q.id, category=q.category, turns=q.turns, text=q.turns[-1], reference=q.reference,
              image=q.image) for q in questions])
     answers = {}
-    for name, spec in zip(names, specs):
+    for name, spec in players.items():
         path = out / "answer" / f"answer_{name}.jsonl"
         if spec.endswith(".jsonl"):
             answers[name] = read_answers(spec, questions)
             write_lines(path, answers[name])  # for `rate` and `report`
         else:
-            player = teacher(spec, *settings, cfg.quantize, per_minute=cfg.per_minute)
+            player = teacher(spec, *settings, **server)
             answers[name] = answer(player, questions, path, settings)
             if isinstance(player, Server):
                 print(f"{name}: {player.read} tokens read, {player.written} written")
@@ -859,8 +847,8 @@ def main(cfg: JudgeConfig) -> dict:
               + (f"; empty ones, judged as they are: {listing(empty)}" if empty else ""))
     print(f"{model} against each other player, and each against {baseline}; reviews by {judge.name}, in "
           + ("both orders" if cfg.swap else "one order"))
-    pairs = [(name, model) for name in names if name != model]
-    pairs += [(baseline, name) for name in names if name not in (baseline, model)]
+    pairs = [(name, model) for name in players if name != model]
+    pairs += [(baseline, name) for name in players if name not in (baseline, model)]
     games = [(out / "review" / f"review_{a}_{b}.jsonl", answers[a], answers[b]) for a, b in pairs]
     if cfg.swap:
         games += [(out / "review" / "swapped" / f"review_{b}_{a}.jsonl", answers[b], answers[a])
@@ -870,17 +858,20 @@ def main(cfg: JudgeConfig) -> dict:
     return report([path for path, _, _ in games], out, questions, everything, judge.name)
 
 
-def name_players(specs: list[str]) -> list[str]:
+def name_players(cfg: JudgeConfig) -> dict[str, str]:
     """Short names for tables and files: the end of a path, the model of a server; all where two are equal."""
+    specs = [spec.strip() for spec in cfg.players.split(",") if spec.strip()]
     short = [s.split("@http")[0] if "@http" in s else Path(s).stem.removeprefix("answer_") for s in specs]
     long = [n if short.count(n) == 1 else s for n, s in zip(short, specs)]
-    names = [re.sub(r"[^\w.-]+|_", "-", name).strip("-") for name in long]
-    if len(set(names)) < max(2, len(names)):
-        raise Problem(f"--players={','.join(specs)}: two or more different players are needed")
-    for spec in specs:
-        if spec in ("first", "longer"):
-            raise Problem(f"--players: {spec} is a judge ({TOYS[spec]})")
-    return names
+    players = {re.sub(r"[^\w.-]+|_", "-", name).strip("-"): spec for name, spec in zip(long, specs)}
+    if len(players) < max(2, len(specs)):
+        raise Problem(f"--players={cfg.players}: two or more different players are needed")
+    if crooked := [spec for spec in specs if spec in ("first", "longer")]:
+        raise Problem(f"--players: {crooked[0]} is a judge ({TOYS[crooked[0]]})")
+    for spec in (*specs, cfg.judge):
+        if spec in TOYS and cfg.questions != "toy":
+            raise Problem(f"{spec} knows the toy world only: give --players and --judge to your questions")
+    return players
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python sample.py --ckpt=out/minigpt4 --image=photo.jpg   # about a picture
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
 
-In the chat: /image FILE /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer and keeps the chat.
+In the chat: /image FILE /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer only.
 What was read once stays in the KV cache: a new turn costs only its own tokens, however long the chat is.
 """
 
@@ -48,7 +48,7 @@ class SampleConfig:
                           "--repetition_penalty is above 0")
         try:
             torch.empty(0, device="cpu" if self.device == "auto" else self.device)
-        except (RuntimeError, AssertionError) as error:  # no such device in the world, or none in this machine
+        except (RuntimeError, AssertionError) as error:  # none such in the world, or in this machine
             raise Problem(f"--device={self.device}: {str(error).splitlines()[0]}") from None
         if self.max_new_tokens < 1:
             raise Problem(f"--max_new_tokens={self.max_new_tokens} must be at least 1")
@@ -65,7 +65,8 @@ class Chat:
 
     def __init__(self, net: model.LLaMA, tokenizer: data.Tokenizer, template: str, cfg: SampleConfig):
         self.eyes = net if isinstance(net, vision.MiniGPT4) else None
-        self.net, self.tokenizer, self.template, self.cfg = getattr(net, "llama", net), tokenizer, template, cfg
+        self.net, self.tokenizer = getattr(net, "llama", net), tokenizer
+        self.template, self.cfg, self.retries = template, cfg, 0
         weight = self.net.tok_embeddings.weight
         self.cache = model.KVCache(net.config, 1, None, weight.dtype, weight.device)
         self.read: list[int] = []  # ids; below 0: the slots of a picture, by its number
@@ -79,18 +80,19 @@ class Chat:
     def prompt(self) -> list[int]:
         """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
         room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
-        return data.prompt(data.Conversation(self.turns, system=self.system), self.template, self.tokenizer, room)
+        conversation = data.Conversation(self.turns, system=self.system)
+        return data.prompt(conversation, self.template, self.tokenizer, room)
 
     def look(self, path: str) -> None:
-        """The next question is about this picture. Raises Problem when it is none, or the model cannot see."""
+        """The next question is about this picture. Raises Problem when it is none, or nobody sees."""
         if not self.eyes:
-            raise Problem("this model cannot see; `python train_vlm.py` gives it eyes (then --ckpt=out/minigpt4)")
+            raise Problem("this model cannot see; `python train_vlm.py` trains one that can: --ckpt=out/minigpt4")
         vectors = self.eyes.look(path)
         self.seen += 1
         self.waiting = Picture(path, self.seen, vectors)
 
     def answer(self, text: str, retry: int = 0) -> Iterator[str]:
-        """Streams the reply to `text` in pieces of valid UTF-8. Stop listening at any time: what was said is kept."""
+        """Streams the reply to `text` in pieces of valid UTF-8. Stop any time: what was said is kept."""
         self.turns.append(data.Turn("user", text, slots=self.eyes.n_queries if self.waiting else 0))
         said, picture, self.waiting = "", self.waiting, None
         self.pictures += [picture] if picture else []
@@ -118,7 +120,7 @@ class Chat:
         self.read = list(marks)
         images = torch.cat([p.vectors for p in shown])[sum(t < 0 for t in marks[:same]):] if shown else None
         cfg, ids, said, start = self.cfg, [], "", time.perf_counter()
-        temperature = max(cfg.temperature, 0.7) if retry else cfg.temperature  # the same answer again is no use
+        temperature = max(cfg.temperature, 0.7) if retry else cfg.temperature  # not the same answer again
         try:
             for (i,) in self.net.generate([prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
                                           cfg.repetition_penalty, (self.tokenizer.eos,), cfg.seed + retry,
@@ -137,8 +139,8 @@ class Chat:
         finally:
             self.read = (marks + ids)[:self.cache.length]
             seconds = time.perf_counter() - start
-            self.speed = (f"{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.0f} tok/s, {len(prompt) - same} of "
-                          f"{len(prompt)} prompt tokens read")
+            self.speed = (f"{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.0f} tok/s, "
+                          f"{len(prompt) - same} of {len(prompt)} prompt tokens read")
 
     def undo(self) -> str:
         """Takes the last round back; returns what was asked."""
@@ -154,8 +156,8 @@ class Chat:
         self.turns, self.system, self.pictures, self.waiting = [], None, [], None
 
     def save(self, path: str) -> None:
-        messages, paths = [{"from": "system", "value": self.system}] if self.system else [], iter(
-            str(Path(p.path).resolve()) for p in self.pictures)
+        messages = [{"from": "system", "value": self.system}] if self.system else []
+        paths = iter(str(Path(p.path).resolve()) for p in self.pictures)
         for asked, reply in zip(self.turns[::2], self.turns[1::2]):
             if reply.text.strip():  # a loader would cut the chat at an empty message
                 text = asked.text + ("\n" + asked.input if asked.input else "")
@@ -182,8 +184,8 @@ def newest(out: Path = Path("out")) -> Path:
     for folder in names:
         if (folder / "latest").exists():
             return folder
-    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> Vicuna in about "
-               "five minutes")
+    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> "
+               "Vicuna in minutes")
     if Path("tests/micro/model.pt").exists():
         message += "; `python sample.py --ckpt=tests/micro` talks to a tiny one that came with the code"
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -197,14 +199,10 @@ def newest(out: Path = Path("out")) -> Path:
 
 
 def open_chat(cfg: SampleConfig) -> Chat:
-    folder = cfg.ckpt or newest()
-    if cfg.image and not cfg.ckpt and (Path("out/minigpt4") / "latest").exists():
-        folder = "out/minigpt4"
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    seeing = "out/minigpt4" if cfg.image and Path("out/minigpt4/latest").exists() else ""
+    folder = cfg.ckpt or seeing or newest()
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-    net, tokenizer_path, meta = vision.load(folder, dtype=dtype, device=device, quantize=cfg.quantize)
+    net, tokenizer_path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
     template = cfg.template or data.CHAT.get(meta["template"], meta["template"])
     data.get_template(template)
     return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
@@ -240,7 +238,7 @@ def command(chat: Chat, line: str) -> bool:
         elif word == "/undo":
             print(f"(took back: {chat.undo()})")
         elif word == "/retry":
-            chat.retries = getattr(chat, "retries", 0) + 1
+            chat.retries += 1
             say(chat, chat.undo(), chat.retries)
         elif word == "/save" and rest:
             chat.save(rest)
@@ -272,7 +270,7 @@ def main(cfg: SampleConfig) -> dict:
         except ImportError:
             pass
         print(f"{model.count(chat.net.config) / 1e6:.1f} M parameters, template {chat.template}. "
-              f"{'/image ' if chat.eyes else ''}/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
+              f"{'/image ' * bool(chat.eyes)}/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
     while True:
         try:
             line = input("> ") if interactive else sys.stdin.readline()

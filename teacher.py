@@ -50,7 +50,8 @@ Asked = Sequence[data.Conversation]
 
 def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, quantize: Optional[str] = None,
             **server):
-    """`spec`: a checkpoint folder (quantize: see convert.load), MODEL@URL (`server`: see Server), one of TOYS."""
+    """`spec`: a checkpoint folder (quantize: as in convert.load), MODEL@URL (`server`: as in Server), or one
+    of TOYS."""
     if spec in TOYS:
         return Oracle(spec)
     if re.match(r"(.+@)?https?://", spec):
@@ -201,13 +202,13 @@ def seconds_of(header: Optional[str]) -> Optional[float]:
 # -- a checkpoint --------------------------------------------------------------------------------------------
 
 class Checkpoint:
-    """A model of ours, or a published one. One with eyes also looks at extra["image"], a picture file that the
-    first turn is about. One that has only been pre-trained answers in one line."""
+    """A model of ours, or a published one. One that has only been pre-trained answers in one line; one with
+    eyes also looks at extra["image"], a picture file that the first turn is about."""
 
     def __init__(self, folder: str, temperature: float, max_new_tokens: int, quantize: Optional[str] = None,
                  batch: int = 40):
-        device, step = "cuda" if torch.cuda.is_available() else "cpu", model.find(folder)
-        net, path, meta = vision.load(step, device, dtype=None, quantize=quantize)
+        step = model.find(folder)
+        net, path, meta = vision.load(step, "auto", dtype=None, quantize=quantize)
         self.eyes, self.net = net if isinstance(net, vision.MiniGPT4) else None, getattr(net, "llama", net)
         self.tokenizer = data.Tokenizer(path)
         self.template = {"plain": "lines", **data.CHAT}.get(meta["template"], meta["template"])
@@ -240,7 +241,7 @@ class Checkpoint:
         return replies
 
     def look(self, conversations: Asked) -> tuple[list[data.Conversation], list[Optional[torch.Tensor]]]:
-        """The conversations with image slots, and the vectors for them: (Q, C) each, or None without a picture."""
+        """The conversations with image slots, and the vectors for them: (Q, C) each, or None."""
         asked, images = list(conversations), [None] * len(conversations)
         if not self.eyes:
             refuse_pictures(self.name, conversations)
@@ -263,8 +264,8 @@ TOYS = {"oracle": "knows every true answer, and rates by truth alone",
 class Oracle:
     """Answers and judges questions of the toy world. It needs no text: the true answer comes in `extra`, as
     extra["question"] (a toy.Question), and for a judge extra["answers"], the two texts to compare. With
-    extra["covers"], two captions: does the second one say all that the first one says? With extra["repair"], a
-    description to repair."""
+    extra["covers"], two captions: does the second one say all that the first one says? With extra["repair"],
+    a description to repair."""
 
     def __init__(self, kind: str):
         self.name, self.why = kind, ""

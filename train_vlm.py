@@ -89,8 +89,8 @@ INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and
 REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you see.")
 REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat "
           "others, meaningless characters and what is not English; complete or remove sentences that break "
-          "off. Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat it "
-          "unchanged. If nothing can be saved, answer: INCOMPLETE")
+          "off. Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat "
+          "it unchanged. If nothing can be saved, answer: INCOMPLETE")
 
 
 # -- pictures with captions ----------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def load_album(folder, report: Counter) -> list[Captioned]:
         else:
             mended = FORBIDDEN.sub(" ", caption)
             report["mended: a caption with control text"] += mended != caption
-            album.append(Captioned(path, " ".join(mended.split(" "))))
+            album.append(Captioned(path, mended))
     if missing:
         print(f"{folder}: {len(missing)} pictures are missing, such as {missing[0] or 'one without a name'}")
     if records and not album:
@@ -151,11 +151,11 @@ def load_album(folder, report: Counter) -> list[Captioned]:
     return album
 
 
-def write_toy_album(folder: Path, split: str, n: int, seed: str, text: Callable) -> None:
+def write_toy_album(folder: Path, n: int, seed: str, text: Callable) -> None:
     """n toy pictures in MiniGPT-4's layout, and scenes.json with what is true of them. Written once."""
     if not (folder / "scenes.json").exists():
         rng = random.Random(seed)
-        scenes = [toy.pick_scene(rng, split) for _ in range(n)]
+        scenes = [toy.pick_scene(rng) for _ in range(n)]
         pictures = [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)]
         toy.write_album(folder, pictures, [text(s, rng) for s in scenes])
         (folder / "scenes.json").write_text(json.dumps(scenes))
@@ -260,7 +260,7 @@ class Photos(Scenes):
 
 
 def cropped(image: Image.Image, dice: np.random.Generator) -> Image.Image:
-    """50 to 100 % of the area, 3/4 to 4/3 of the aspect, as in MiniGPT-4's training; half of them mirrored."""
+    """50 to 100 % of the area, aspect 3/4 to 4/3, as in MiniGPT-4's training; half of them mirrored."""
     share, aspect = dice.uniform(0.5, 1.0), np.exp(dice.uniform(np.log(3 / 4), np.log(4 / 3)))
     width = min(image.width, max(1, round(image.width * (share * aspect) ** 0.5)))
     height = min(image.height, max(1, round(image.height * (share / aspect) ** 0.5)))
@@ -557,7 +557,7 @@ def exact(scene: toy.Scene, reply: str) -> bool:
 def toy_material(job: Job) -> Material:
     cfg, sizes, out = job.cfg, FAST if job.cfg.fast else TOY, Path(job.cfg.out)
     for name, text in (("alt", toy.alt_text), ("curate", lambda scene, rng: toy.caption(scene))):
-        write_toy_album(out / "data" / name, "train", sizes[name], f"{name} {cfg.seed}", text)
+        write_toy_album(out / "data" / name, sizes[name], f"{name} {cfg.seed}", text)
     alt, pool = (load_album(out / "data" / name, Counter()) for name in ("alt", "curate"))
     truth = json.loads((out / "data" / "curate" / "scenes.json").read_text())
     scenes = [tuple(toy.Object(*o) for o in scene) for scene in truth]
@@ -612,8 +612,8 @@ def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned
     minutes = (time.time() - train_sft.STARTED) / 60
     written = {" ".join(key): value for key, value in figures.items()}
     (out / "seeing.json").write_text(json.dumps(dict(written, seed=job.cfg.seed, minutes=minutes), indent=1))
-    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now type:\n"
-          f"  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
+    print(f"\n{minutes:.1f} minutes in all; four pictures with their descriptions: {out / 'seen.png'}. Now "
+          f"type:\n  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
     return figures
 
 
@@ -701,8 +701,8 @@ def main(cfg: VLMConfig) -> dict:
     print(describe(cfg))
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
     if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
-        raise Problem("torchrun is for stage 1 or 2 on your own pictures (--images, --vision, --stage=1 or 2); "
-                      "the rest writes files, and is for one process")
+        raise Problem("torchrun is for stage 1 or 2 on your own pictures (--images, --vision, --stage=1 or "
+                      "2); the rest writes files, and is for one process")
     job = open_job(cfg, machine)
     try:
         return chain(job)

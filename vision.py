@@ -154,7 +154,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_heads: int) -> t
 def init_linear(linear: nn.Module, scale: float = 1.0) -> None:
     """0.02, as EVA and BERT, at the width 1408; narrower layers get more. Biases begin at 0."""
     nn.init.trunc_normal_(linear.weight, std=scale * 0.75 / math.sqrt(linear.weight[0].numel()))
-    nn.init.zeros_(linear.bias) if linear.bias is not None else None
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -220,8 +221,8 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. But positions
-        begin louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for hundreds of steps."""
+        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. But
+        positions begin louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for long."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.3)
         init_linear(self.patch_embed.proj)
@@ -395,6 +396,9 @@ def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
 
 def load(folder, device: str = "cpu", **options) -> tuple[Union[model.LLaMA, MiniGPT4], Path, dict]:
     """As model.load, also for a folder that stage 1 or 2 of train_vlm.py has written: then it has eyes."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     step = model.find(folder)
     meta = step / "meta.json"
     made_with = json.loads(meta.read_text()).get("settings", {}) if meta.exists() else {}
