@@ -86,7 +86,7 @@ class Chat:
     def look(self, path: str) -> None:
         """The next question is about this picture. Raises Problem when it is none, or nobody sees."""
         if not self.eyes:
-            raise Problem("this model cannot see; `python train_vlm.py` trains one that can: --ckpt=out/minigpt4")
+            raise Problem("this model cannot see; `python train_vlm.py` trains one that can, out/minigpt4")
         vectors = self.eyes.look(path)
         self.seen += 1
         self.waiting = Picture(path, self.seen, vectors)

@@ -584,7 +584,7 @@ def table(job: Job, net: vision.MiniGPT4, aligned: dict, alt: Sequence[Captioned
     exams = {split: exam(split, n) for split in SPLITS if split != "minimal" or job.cfg.full}
     for split, e in exams.items():
         seen, asked = look(net, e.pictures, job.machine), [q.text for q in e.questions]
-        wishes, told = [INSTRUCTIONS[i % 4] for i in range(n)], [toy.tell(s, rng) for s in e.scenes]
+        wishes, told = [INSTRUCTIONS[i % 4] for i in range(len(asked))], [toy.tell(s, rng) for s in e.scenes]
         in_words = [f"{t} {q}" for t, q in zip(told, asked)], [t + " Describe the scene." for t in told]
         players = {  # name: who, with which projection, questions, requests for a description, what is seen
             "MiniGPT-4": (net, final, asked, wishes, seen),
