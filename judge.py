@@ -198,7 +198,7 @@ def answer(player, questions: list[Question], path: Path, settings: list) -> lis
             todo = [(q, i) for q, i in zip(questions, ids) if len(q.turns) > turn == len(said.get(i, []))]
             asked = []
             for q, i in todo:
-                told = [t for both in zip(q.turns, said.get(i, [])) for t in both] + [q.turns[turn]]
+                told = [*itertools.chain(*zip(q.turns, said.get(i, []))), q.turns[turn]]
                 turns = [data.Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(told)]
                 asked.append(data.Conversation(turns, extra=dict(
                     question=q.truths[turn] if q.truths else None, image=q.image)))
@@ -223,10 +223,10 @@ def read_answers(path, questions: list[Question]) -> list[dict]:
     answers = {r["question_id"]: r for r in read_lines(path, "question_id", "answers")}
     missing = [q.id for q in questions if q.id not in answers]
     extra = sorted(answers.keys() - {q.id for q in questions}, key=str)
-    if missing or extra:
-        said = [f"{what} {listing(ids)}" for what, ids in (("no answer to question", missing),
-                                                           ("there is no question", extra)) if ids]
-        raise Problem(f"{path}: " + "; ".join(said))
+    wrong = [f"no answer to question {listing(missing)}"] * bool(missing)
+    wrong += [f"there is no question {listing(extra)}"] * bool(extra)
+    if wrong:
+        raise Problem(f"{path}: " + "; ".join(wrong))
     for q in questions:
         r = answers[q.id]
         if not all(isinstance(text, str) for text in said_in(r)):
@@ -789,7 +789,6 @@ def print_report(figures: dict, unread: Path) -> None:
 class ReportConfig:
     folder: str  # or file: review_A_B.jsonl in it or below, question.jsonl and answer/ in it or above
     out: str = ""  # where the report goes; the same folder when not given
-    questions: str = ""  # file of questions, for the categories; question.jsonl when not given
 
 
 def report_files(cfg: ReportConfig) -> dict:
@@ -802,9 +801,9 @@ def report_files(cfg: ReportConfig) -> dict:
         raise Problem(f"no review_A_B.jsonl in {folder}")
     near = [folder, *folder.absolute().parents[:3]]
     own = next((str(d / "question.jsonl") for d in near if (d / "question.jsonl").exists()), "")
-    questions = load_questions(cfg.questions or own) if cfg.questions or own else []
+    questions = load_questions(own) if own else []
     if not questions:
-        print(f"no question.jsonl in {folder} or above: categories are unknown (--questions)")
+        print(f"no question.jsonl in {folder} or above: categories are unknown")
     answers = [r for d in near for f in sorted((d / "answer").glob("*.jsonl"))
                if not f.name.endswith(".old.jsonl") for r in read_lines(f, "question_id", "answers")]
     out = Path(cfg.out or (folder if folder.is_dir() else folder.parent))

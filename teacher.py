@@ -271,23 +271,22 @@ class Oracle:
         self.name, self.why = kind, ""
 
     def __call__(self, conversations: Asked, keep: Optional[Keep] = None) -> list[Optional[Reply]]:
-        replies = []
-        for i, c in enumerate(conversations):
-            question = c.extra.get("question")
-            if "covers" in c.extra:
-                reference, caption = (toy.found("objects", text) for text in c.extra["covers"])
-                text = "Yes." if reference <= caption else "No."
-            elif "repair" in c.extra:
-                text = toy.mend(c.extra["repair"])
-            elif question is None:
-                raise Problem(f"{self.name} knows the toy world only; for anything else take a checkpoint or "
-                              "MODEL@URL")
-            else:
-                text = self._review(c, question) if "answers" in c.extra else self._answer(question)
-            replies.append(Reply(text, True))
-            if keep:
-                keep(i, replies[-1])
+        replies = [Reply(self._say(c), True) for c in conversations]
+        for i, reply in enumerate(replies if keep else ()):
+            keep(i, reply)
         return replies
+
+    def _say(self, conversation: data.Conversation) -> str:
+        extra = conversation.extra
+        if "covers" in extra:
+            reference, caption = (toy.found("objects", text) for text in extra["covers"])
+            return "Yes." if reference <= caption else "No."
+        if "repair" in extra:
+            return toy.mend(extra["repair"])
+        if not extra.get("question"):
+            raise Problem(f"{self.name} knows the toy world only; for anything else take a checkpoint or "
+                          "MODEL@URL")
+        return self._review(conversation) if "answers" in extra else self._answer(extra["question"])
 
     def _answer(self, question: toy.Question) -> str:
         rng = random.Random(question.text + question.full)
@@ -300,8 +299,8 @@ class Oracle:
                 return question.full[:found.start()] + other + question.full[found.end():]
         return "I am not sure."
 
-    def _review(self, conversation: data.Conversation, question: toy.Question) -> str:
-        answers = conversation.extra["answers"]
+    def _review(self, conversation: data.Conversation) -> str:
+        question, answers = conversation.extra["question"], conversation.extra["answers"]
         right = [toy.grade(question, a) for a in answers]
         scores = [1 + 9 * r for r in right]
         length = [len(a.split()) for a in answers]

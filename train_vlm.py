@@ -351,6 +351,8 @@ APOLOGY = re.compile(r"(I'm|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]",
 def curate(job: "Job", net: vision.MiniGPT4, material: "Material") -> None:
     """Section 3.2 of the paper. Writes the descriptions that are left into curated/, and a report."""
     album = material.pool
+    if material.mend is list:
+        print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
     features = look(net, [c.path for c in album], job.machine)
     said, _ = ask(net, job, [REQUEST] * len(album), features, 96)
     short = [i for i, text in enumerate(said) if len(job.tokenizer.encode(text)) < material.shortest]
@@ -675,8 +677,6 @@ def photo_material(job: Job) -> Material:
           + "".join(f"; {why}: {k}" for why, k in report.items() if k))
     pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
     words, _ = caption_symbols(pool, 1)
-    if not cfg.teacher:
-        print("no --teacher: a description is kept as it is when it names the rarest word of the caption")
     return Material(learn, pool, mender(cfg.teacher) if cfg.teacher else list,
                     lambda i, text: words[i][0] in text.lower(), 1,
                     lambda net, aligned: photo_table(job, net, learn, held))
@@ -698,8 +698,8 @@ def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence, held: Sequence[
 
 
 def main(cfg: VLMConfig) -> dict:
-    print(describe(cfg))
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
+    print(describe(cfg))
     if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
         raise Problem("torchrun is for stage 1 or 2 on your own pictures (--images, --vision, --stage=1 or "
                       "2); the rest writes files, and is for one process")
@@ -710,6 +710,9 @@ def main(cfg: VLMConfig) -> dict:
         script = " ".join(sys.argv) if sys.argv[0].endswith(".py") else "train_vlm.py"
         print(f"\n{stopped}. To go on: python {script}")
         raise KeyboardInterrupt from None
+    finally:
+        if machine.sharded:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
