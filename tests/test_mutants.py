@@ -200,6 +200,10 @@ DATA = [
      'normalization_rule_name="identity"', 'normalization_rule_name="nfkc"',
      "test_round_trip"),
 
+    ("a base model goes on with the line of the question",
+     'ask="{text}\\n", between=""', 'ask="{text}", between=""',
+     "test_teacher.py::test_a_base_model_reads_plain_text_and_says_one_line"),
+
     # rows
     ("conversations of a row share a segment",
      "segments[r, end:end + n] = s\n", "segments[r, end:end + n] = 0\n",
