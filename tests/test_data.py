@@ -280,8 +280,8 @@ STRANGERS = [{"conversations": [{"from": "alien", "value": "Hm."}, {"from": "gpt
     (in_lines(RECORDS)[:-9], "broken JSON at line 2"),
     (b'[{"a": 1, "b": 2}]', "it has a, b"), (b"[]", "no objects"),
     (in_lines(ONE_SIDED), "no reply"), (in_lines(STRANGERS), "unknown role"),
-    (in_lines([dict(instruction="Go.", output="")] * 3), "dropped: no output: 3"),
-    (b'{"conversations": "oops"}', "no list of messages: 1")], ids=lambda x: x if isinstance(x, str) else "")
+    (in_lines([dict(instruction="Go.", output="")] * 3), "dropped: no reply: 3"),
+    (b'{"conversations": "oops"}', "no conversation in this sharegpt record: 1")], ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_files(tmp_path, content, message):
     """One line that names the file and says what is wrong with it."""
     file = tmp_path / "people.json"
@@ -493,7 +493,7 @@ def test_show(tmp_path, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     data.show(data.ShowConfig(**options, template="alpaca"))
     assert re.findall(r"\033\[92m(.*?)\033\[0m", capsys.readouterr().out, re.S) == replies
-    for wrong in (dict(template="vicunia"), dict(tokenizer=str(tmp_path)), dict(count=-1)):
+    for wrong in (dict(template="vicunia"), dict(tokenizer=str(tmp_path))):
         with pytest.raises(config.Problem):
             data.show(data.ShowConfig(**{**options, **wrong}))
     file.write_bytes(in_lines([dict(instruction="Go.", output="Gone.")]))

@@ -175,7 +175,7 @@ DATA = [
      "goes_on and i + k > 0), False)", "goes_on and i + k > 0), True)",
      "test_only_replies_are_learned"),
     ("</s> not supervised",
-     "add([tokenizer.eos], True)", "add([tokenizer.eos], False)",
+     "else [tokenizer.eos], True)", "else [tokenizer.eos], False)",
      "test_only_replies_are_learned"),
     ("bos supervised",
      "[tokenizer.bos], [IGNORE]", "[tokenizer.bos], [tokenizer.bos]",
@@ -215,7 +215,7 @@ DATA = [
      "labels[row, 1:1 + end - begin] = ids[begin:end]",
      "test_windows"),
     ("replies in another order",
-     "replies[i], found = said(", "replies[at + group.index(i)], found = said(",
+     "replies[i], found = said(", "replies[group.index(i)], found = said(",
      "test_chat"),
 
     # files
@@ -234,7 +234,7 @@ DATA = [
 
     # recipes
     ("an end in mid-sentence is learned",
-     'if conversation.extra.get("cut") and', "if False and",
+     'if not (extra.get("cut") and', "if not (False and",
      "test_data_recipes.py::test_a_reply_that_is_cut_has_no_end"),
     ("a long prompt cuts its neighbour's reply",
      "if len(prompts[i]) + max_new_tokens <= limit]", "]",
@@ -242,6 +242,12 @@ DATA = [
     ("the last round is lost",
      "pieces.append(c.turns[2 * begin:])\n", "pieces = pieces or [c.turns]\n",
      "test_data_recipes.py::test_the_last_round_is_not_lost"),
+    ("a rejected reply is learned like any other",
+     "ask = t.ask_rejected\n", "pass\n",
+     "test_data_files.py::test_sources_of_koala"),
+    ("tasks that are just not too similar are dropped",
+     "> 0.7 for other in kept", ">= 0.7 for other in kept",
+     "test_data_files.py::test_bad_input"),
     ("Markdown is taken for HTML the second time",
      'c = replace(c, extra={**c.extra, "format": "markdown"})', "pass",
      "test_data_recipes.py::test_markdown_about_html_is_not_converted_again"),
