@@ -68,12 +68,11 @@ class Tokenizer:
         self._newline = self.sp.piece_to_id("<0x0A>")
 
     def encode(self, text: str, continuation: bool = False) -> list[int]:
-        """Ids without bos and eos. SentencePiece begins every text with a space of its own; a text that goes on in
-        the same line (continuation) must not get one. Control pieces such as </s> cannot be produced by text.
-        """
+        """Ids without bos and eos; no text can give a control piece such as </s>. SentencePiece begins every
+        text with a space of its own; one that goes on in the same line (continuation) must not get it."""
         if not continuation:
             return self.sp.encode(text)
-        ids = self.sp.encode("\n" + text)  # a newline is always the one byte piece <0x0A>: nothing merges with it
+        ids = self.sp.encode("\n" + text)  # a newline is always the byte piece <0x0A>: nothing merges with it
         return ids[ids.index(self._newline) + 1:]
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
@@ -140,10 +139,10 @@ class Turn(NamedTuple):
 
 @dataclass
 class Conversation:
-    turns: list[Turn]  # user, assistant, user, assistant, ...; may end with a user turn that waits for its reply
+    turns: list[Turn]  # user, assistant, user, assistant, ...; the last may wait for its reply
     id: str = ""
     system: Optional[str] = None  # instead of the template's own
-    # other keys of the record. About the last reply: "cut": it has no end; "rejected": people liked another better
+    # other keys of the record. Of the last reply: "cut": it has no end; "rejected": people liked another more
     extra: dict = field(default_factory=dict)
 
 
@@ -151,8 +150,7 @@ class Conversation:
 class Template:
     """How a conversation becomes a string, in training and in inference: one object for both.
 
-    The first round is [system between] start ask reply end; later ones are ask reply end, with `between` in front
-    when `glued`.
+    The first round is [system between] start ask reply end; later ones [between, when glued] ask reply end.
     """
     system: str
     ask: str  # {text} is the user's, {input} Alpaca's input; </s> is the control piece
@@ -176,8 +174,8 @@ TEMPLATES = {
         system="A chat between a curious human and an artificial intelligence assistant. "
                "The assistant gives helpful, detailed, and polite answers to the human's questions.",
         between="\n\n", start="###", ask=" Human: {text}\n### Assistant:", end="\n###"),
-    # the preamble depends on whether there is an input; the reply follows the colon without a space. A deliberate
-    # deviation: the original encodes prompt and reply as one string, where ":" and a "-" that begins the reply
+    # the preamble depends on whether there is an input; the reply follows the colon directly. A deliberate
+    # deviation: when prompt and reply are encoded as one string, as there, ":" and a "-" that begins the reply
     # become one piece, and the "-" is never learned
     "alpaca": Template(
         system="Below is an instruction that describes a task. "
@@ -193,7 +191,7 @@ TEMPLATES = {
     # the original also learns the <|prompter|> that follows a reply; here only the reply and its </s>
     "oasst": Template(system="", ask="<|prompter|>{text}</s><|assistant|>", between="", glued=True),
     "minigpt4": Template(system="", start="###", ask="Human: {text} ###Assistant: ", between="", end="###"),
-    "plain": Template(system="", ask="{text}", between="\n", glued=True),  # for a base model, which knows no roles
+    "plain": Template(system="", ask="{text}", between="\n", glued=True),  # a base model knows no roles
 }
 
 
@@ -211,12 +209,12 @@ class Example(NamedTuple):
 def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> Example:
     """Tokens and labels of a conversation: replies and their end are learned, nothing else.
 
-    A conversation that ends with a user turn gives the prompt for its reply. Each segment is encoded by itself, so
+    A conversation that ends with a user turn gives the prompt for its reply. Each segment is encoded alone:
     user text can forge neither a control piece nor an image slot nor supervision.
     """
     t, extra, turns = get_template(template), conversation.extra, conversation.turns
     if extra.get("rejected") and not t.ask_rejected:
-        raise Problem(f"{conversation.id}: template {template} cannot tell that a reply was rejected; koala can")
+        raise Problem(f"{conversation.id}: template {template} has no words for a rejected reply; koala has")
     tokens, labels = [tokenizer.bos], [IGNORE]
 
     def add(ids: list[int], supervised: bool) -> None:
@@ -226,7 +224,7 @@ def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> E
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
             add(tokenizer.encode(turn.text, t.glued), True)
-            if not (extra.get("cut") and i == len(turns) - 1):  # to learn an end in mid-sentence would be wrong
+            if not (extra.get("cut") and i == len(turns) - 1):  # never learn an end in mid-sentence
                 add(tokenizer.encode(t.end, continuation=True) if t.end else [tokenizer.eos], True)
             continue
         with_input = bool(turn.input) and bool(t.ask_with_input)
@@ -241,7 +239,7 @@ def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> E
             system = conversation.system if conversation.system is not None else (
                 t.system_with_input if with_input else t.system)
             before = system + t.between + t.start if system else t.start
-        for k, part in enumerate(re.split(r"(</s>|\{slots\})", ask)):  # of the template: text cannot add to it
+        for k, part in enumerate(re.split(r"(</s>|\{slots\})", ask)):  # text cannot add to these
             if part == "</s>":
                 add([tokenizer.eos], False)
             elif part == "{slots}":
@@ -261,8 +259,8 @@ def stretches(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Tokens up to the reply; the oldest rounds are left out when all of them would not fit into `room`, those
-    with a picture last: later questions are about it."""
+    """Tokens up to the reply. What does not fit into `room` goes: the oldest rounds first, and those with a
+    picture last, as later questions are about it."""
     while True:
         tokens = render(conversation, template, tokenizer).tokens
         if len(tokens) < room or len(conversation.turns) < 3:
@@ -273,8 +271,8 @@ def prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room
 
 
 def said(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
-    """A reply without the text that ends it, and whether that was there. In a stream (not `complete`) what may be
-    the beginning of the end is held back."""
+    """A reply without the text that ends it, and whether it was there. In a stream (not `complete`) what may
+    be the beginning of the end is held back."""
     end = get_template(template).end
     if end and end in text:
         return text[:text.index(end)], True
@@ -307,8 +305,8 @@ TOY = {"toy:documents": lambda rng: dict(text=toy.document(rng)), "toy:instructi
 
 
 def read_chunks(path) -> Iterator[str]:
-    """The text of a file, gzipped or not, in pieces; of a large one with a progress bar. A name in TOY stands for
-    a thousand records of the toy world."""
+    """The text of a file, gzipped or not, in pieces; of a large one with a progress bar. A name in TOY stands
+    for a thousand records of the toy world."""
     if str(path) in TOY:
         rng = random.Random(0)
         yield from (json.dumps(TOY[str(path)](rng)) + "\n" for _ in range(1000))
@@ -317,7 +315,7 @@ def read_chunks(path) -> Iterator[str]:
     if not path.is_file():
         raise Problem(f"{path} is a folder; give a file" if path.is_dir() else f"no such file: {path}")
     decoder, line, empty, size = codecs.getincrementaldecoder("utf-8-sig")(), 1, True, path.stat().st_size
-    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=size < LARGE)
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=size < LARGE)
     with open(path, "rb") as raw, bar:
         file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
         raw.seek(0)
@@ -349,9 +347,9 @@ SPACE = re.compile(r"[ \t\r\n]*")
 def read_records(path, report: Optional[Report] = None) -> Iterator:
     """The values of a JSON array or of JSON lines, one at a time: the file may be larger than the memory.
 
-    Mended: half a character ("\\ud83d" without its partner), which no UTF-8 text can hold, becomes "?"; a record
-    that is a JSON string with JSON inside is read again; NaN becomes null. Raises Problem, with the line, at
-    what is not JSON: the records after it would be lost in silence.
+    Mended: half a character ("\\ud83d" without its partner), which no UTF-8 text can hold, becomes "?"; a
+    record that is a JSON string with JSON inside is read again; NaN becomes null. Raises Problem, with the
+    line, at what is not JSON: the records after it would be lost in silence.
     """
     report = Report() if report is None else report
     chunks, text, at, line = read_chunks(path), "", 0, 1
@@ -368,7 +366,7 @@ def read_records(path, report: Optional[Report] = None) -> Iterator:
         raise Problem(f"{path}: broken JSON at line {where}: {message}")
 
     def more() -> bool:
-        """Forgets what was read and doubles the rest: a long record is not tried too often. False at the end."""
+        """Forgets what was read and doubles the rest: no record is tried too often. False at the end."""
         nonlocal text, at, line
         pieces, wanted = [], len(text) - at
         while wanted >= 0 and (piece := next(chunks, None)) is not None:
@@ -443,8 +441,8 @@ ROLES = {"human": "user", "user": "user", "prompter": "user", "instruction": "us
 
 
 def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) -> Iterator[Conversation]:
-    """At most one conversation. With "order" in `off` a wrong order drops it (as Vicuna's code did) instead of
-    being mended; with "empty" messages without visible text stay."""
+    """At most one conversation. With "order" in `off` a wrong order drops it, as in Vicuna's code, and is not
+    mended; with "empty" messages without visible text stay."""
     turns, system, done = [], None, []
     for m in record.get("conversations", record.get("messages")):
         m = m if isinstance(m, dict) else {}
@@ -488,7 +486,8 @@ def _sharegpt(record: dict, name: str, report: Report, off: Iterable[str] = ()) 
 
 def _talk(asked, reply, given: str = "", **more) -> dict:
     """A ShareGPT record of one round."""
-    return dict(conversations=[{"from": "human", "value": asked, "input": given}, {"from": "gpt", "value": reply}], **more)
+    messages = [{"from": "human", "value": asked, "input": given}, {"from": "gpt", "value": reply}]
+    return dict(conversations=messages, **more)
 
 
 def _alpaca(r: dict) -> list[dict]:
@@ -511,8 +510,8 @@ def _transcript(text: str, speaker: str, **more) -> dict:
 
 
 def _hh(r: dict) -> list[dict]:
-    """Anthropic's helpful and harmless pairs. A paragraph that begins with no speaker belongs to the one before.
-    Koala called all replies of the rejected one unhelpful, also those that both have in common; here the last."""
+    """Anthropic's helpful and harmless pairs. A paragraph without a speaker belongs to the one before. Koala
+    called all replies of the rejected one unhelpful, also those that both have in common; here the last."""
     return [_transcript(r[key], r"(?:\A|\n\n)(Human|Assistant):", rejected=key == "rejected")
             for key in ("chosen", "rejected")]
 
@@ -523,25 +522,25 @@ def _webgpt(r: dict) -> list[dict]:
     for i in (0, 1):
         quotes = zip(r[f"quotes_{i}"]["title"], r[f"quotes_{i}"]["extract"])
         sources = "\n".join(f"[{n}] {title}: {extract}" for n, (title, extract) in enumerate(quotes, 1))
-        question = r["question"]["full_text"] + (f"\n\nSources for your answer:\n{sources}" if sources else "")
+        question = r["question"]["full_text"] + f"\n\nSources for your answer:\n{sources}" * bool(sources)
         found.append(_talk(question, r[f"answer_{i}"], rejected=r[f"score_{i}"] < r[f"score_{1 - i}"]))
     return found if r["score_0"] != r["score_1"] else []
 
 
 def _summaries(r: dict) -> list[dict]:
-    return [_talk("Summarize this text.\n\n" + r["info"]["post"], summary["text"].strip(), rejected=i != r["choice"])
-            for i, summary in enumerate(r["summaries"])]
+    asked = "Summarize this text.\n\n" + r["info"]["post"]
+    return [_talk(asked, s["text"].strip(), rejected=i != r["choice"]) for i, s in enumerate(r["summaries"])]
 
 
 TASK = re.compile(r"^(?:#{3}\s*)?\d+\.\s*(Instruction|Input|Output):", re.M)
 
 
 def _completions(r: dict) -> list[dict]:
-    """What a model wrote at Self-Instruct's request, as a server sent it: "4. Instruction: ...", "4. Input: ...",
-    "4. Output: ...", "###", and so on; of the first the request held the first words.
+    """What a model wrote at Self-Instruct's request, as a server sent it: "4. Instruction: ... 4. Input: ...
+    4. Output: ... ###", and so on; the very first words may stand in the request.
 
-    Fix: any numbers will do, and "###", "20." or "Output:" within an answer end nothing. A task with parts missing,
-    doubled or in another order gets no output, nor does the last one if the model was stopped by its length.
+    Fix: any numbers will do, and "###", "20." or "Output:" within an answer end nothing. A task with parts
+    missing, doubled or in another order gets no output, nor does the last if the model was cut off by length.
     """
     found = []
     for choice in r["choices"]:
@@ -559,7 +558,7 @@ def _completions(r: dict) -> list[dict]:
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """F of the longest common subsequence of words, which is counted in the bits of a number (Hyyro 2004)."""
+    """F of the longest common subsequence of words, counted in the bits of a number (Hyyro 2004)."""
     where: dict[str, int] = {}
     for i, word in enumerate(a):
         where[word] = where.get(word, 0) | 1 << i
@@ -570,9 +569,8 @@ def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
     return 2 * (len(a) - left.bit_count()) / max(1, len(a) + len(b))
 
 
-# whole words only: "mapping" may stay
-UNFIT = re.compile(r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to|video|audio|music|flowchart|diagram)\b",
-                   re.I)
+UNFIT = re.compile(r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to|video|audio|music|flowchart|"
+                   r"diagram)\b", re.I)  # whole words only: "mapping" may stay
 
 
 def fit_tasks(tasks: Iterable[Conversation], report: Report) -> Iterator[Conversation]:
@@ -593,9 +591,9 @@ def fit_tasks(tasks: Iterable[Conversation], report: Report) -> Iterator[Convers
             yield c
 
 
-# kind -> keys of a record (one of these sets), and what makes ShareGPT or Alpaca records of it. HC3, HH-RLHF, WebGPT
-# and summarize-from-feedback as the Hugging Face hub has them, OIG as jsonl: after descriptions and Koala's use of
-# them, tested on hand-made records
+# kind -> keys of a record (one of these sets), and what makes ShareGPT records of it. HC3, HH-RLHF, WebGPT,
+# summarize-from-feedback as on the Hugging Face hub, OIG as jsonl: after their descriptions and Koala's use
+# of them, tried on hand-made records only
 FORMATS: dict[str, tuple[str, Callable]] = {
     "sharegpt": ("conversations | messages",
                  lambda r: [r] * isinstance(r.get("conversations", r.get("messages")), list)),
@@ -627,8 +625,8 @@ def kind_of(path) -> str:
         for kind, (keys, _) in FORMATS.items():
             if any(set(some.split()) <= record.keys() for some in keys.split("|")):
                 return "oig" if kind == "documents" and "<human>:" in str(record["text"]) else kind
-        has = ", ".join(list(record)[:5]) if has == "no objects" else has
-    raise Problem(f"{path} is JSON, but neither ShareGPT (conversations) nor Alpaca (instruction, output) nor "
+        has = ", ".join(list(record)[:5])
+    raise Problem(f"{path} is JSON, but neither ShareGPT (conversations), Alpaca (instruction, output), "
                   f"OpenAssistant (message_tree_id) nor another of data.FORMATS: it has {has}")
 
 
@@ -640,14 +638,15 @@ ALPACA = ("alpaca", "completions")  # kinds that have an instruction and an inpu
 
 
 def stream_conversations(path, report: Report, off: Iterable[str] = (), **how) -> Iterator[Conversation]:
-    """Those of a file of any kind, one at a time. `report` says what is dropped or mended; `off`: rules of `clean`
-    that are not to be followed; how: see oasst_conversations. Raises Problem when there is none."""
+    """Those of a file of any kind, one at a time. report: what is dropped or mended; off: rules of `clean` not
+    to follow; how: see oasst_conversations. Raises Problem when there is none."""
     kind = kind_of(path)
     if kind in ("text", "documents"):
         raise Problem(f"{path} is plain text, not conversations; pre-train on it with --stage=pretrain")
-    records = read_records(path, report)
-    found = (oasst_conversations(records, report, **how) if kind == "oasst" else
-             _conversations(kind, records, Path(path).stem, report, off))
+    if kind == "oasst":
+        found = oasst_conversations(read_records(path, report), report, **how)
+    else:
+        found = _conversations(kind, path, report, off)
     if kind == "completions" and "instructions" not in off:
         found = fit_tasks(found, report)
     c = None
@@ -657,10 +656,10 @@ def stream_conversations(path, report: Report, off: Iterable[str] = (), **how) -
         raise Problem(f"{path}: no conversation in it can be used{report}")
 
 
-def _conversations(kind: str, records: Iterable, stem: str, report: Report, off: Iterable[str]):
-    for number, record in enumerate(records):
+def _conversations(kind: str, path, report: Report, off: Iterable[str]) -> Iterator[Conversation]:
+    for number, record in enumerate(read_records(path, report)):
         given = record.get("id") if isinstance(record, dict) else None
-        name = str(given) if isinstance(given, (str, int)) and given != "" else f"{stem}_{number}"
+        name = str(given) if isinstance(given, (str, int)) and given != "" else f"{Path(path).stem}_{number}"
         try:
             parts = FORMATS[kind][1](record) if isinstance(record, dict) else []
         except (LookupError, TypeError, AttributeError):
@@ -686,9 +685,9 @@ def load_conversations(path, report: Optional[Report] = None, off: Iterable[str]
 def oasst_conversations(records: Iterable, report: Report, pick: str = "all", synthetic: bool = False):
     """Paths through OpenAssistant's trees, given as trees, as threads or as loose messages in any order.
 
-    pick: "all" leaves; "top1", "top2", ...: only replies ranked so well (one without a rank if it has no rival);
-    "best": in each tree the best-ranked reply to the best-ranked reply. A question without reply ends a path only
-    if it is the first one there, so that the path above appears once; the question itself is left off.
+    pick: "all" leaves; "top1", "top2", ...: only replies ranked so well (one without a rank if it has no
+    rival); "best": in each tree the best-ranked reply to the best-ranked reply. A question without reply ends
+    a path only if it is the first one there: the path above appears once, without the question.
     """
     roots, loose = [], {}  # (tree, state, first message); id -> message
     for number, record in enumerate(records):
@@ -836,8 +835,8 @@ def digest(path) -> str:
 
 
 def tokenise(path, template: str, tokenizer: Tokenizer, report: Report) -> Examples:
-    """All conversations of a file, rendered. For a large file the result is kept beside it, in FILE.TEMPLATE.npz,
-    and made again when the file, the template, the tokenizer or this program has changed."""
+    """All conversations of a file, rendered. A large file's are kept beside it in FILE.TEMPLATE.npz, and made
+    again when the file, the template, the tokenizer or this program has changed."""
     cache, key = Path(f"{path}.{template}.npz"), ""
     if Path(path).is_file() and Path(path).stat().st_size >= LARGE:
         key = " ".join([digest(path), digest(tokenizer.path), digest(__file__), template])
@@ -871,7 +870,7 @@ def tokenise(path, template: str, tokenizer: Tokenizer, report: Report) -> Examp
 # -- rows of tokens: every batch is a pure function of (seed, step) ------------------------------------------
 
 class Rows:
-    """Rows of equal length, served in an order that depends on (seed, step) alone: resuming needs no sampler state."""
+    """Rows of equal length, in an order that depends on (seed, step) alone: resuming needs no other state."""
 
     def __init__(self, tokens: np.ndarray, labels: np.ndarray, segments: Optional[np.ndarray], seed: int = 0):
         self.tokens, self.labels, self.segments, self.seed = tokens, labels, segments, seed  # (R, L) each
@@ -912,7 +911,7 @@ class TextRows(Rows):
 
 
 def windows(ids: np.ndarray, seq_len: int, bos: int) -> Rows:
-    """Rows that score every token of a text exactly once, each with at least half a row of context before it."""
+    """Rows that score every token of a text exactly once, each with at least half a row of context."""
     half = seq_len // 2
     tokens = np.full((-(-len(ids) // half), seq_len), bos, np.int32)
     labels = np.full(tokens.shape, IGNORE, np.int32)
@@ -967,16 +966,16 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
 
 # -- asking a model ------------------------------------------------------------------------------------------
 
-def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation], max_new_tokens: int = 96,
-         batch: int = 64, images: Optional[Sequence] = None, **sampling) -> tuple[list[str], list[bool]]:
-    """Replies to conversations that wait for one, and whether each reply ended by itself. Similar lengths together.
+def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Conversation],
+         max_new_tokens: int = 96, batch: int = 64, images: Optional[Sequence] = None,
+         **sampling) -> tuple[list[str], list[bool]]:
+    """Replies to conversations that wait for one, and whether each ended by itself. Similar lengths together.
 
     images: for each conversation a tensor of its pictures, as model.generate wants them, or None.
-    Old rounds are left out where the context is too short; a question that fills it alone gets an empty reply.
+    Old rounds are left out where the context is short; a question that fills it alone gets an empty reply.
     """
     limit = model.config.max_seq_len
     prompts = [prompt(c, template, tokenizer, limit - min(max_new_tokens, limit // 2)) for c in conversations]
-    # one question alone may fill the context: there is no room to reply
     order = sorted((i for i, p in enumerate(prompts) if len(p) < limit), key=lambda i: len(prompts[i]))
     replies, ended = [""] * len(prompts), [False] * len(prompts)
     while order:
@@ -994,9 +993,10 @@ def chat(model, tokenizer: Tokenizer, template: str, conversations: Sequence[Con
     return replies, ended
 
 
-# -- recipes: what made Vicuna's and Koala's data -------------------------------------------------------------
+# -- recipes: what made Vicuna's and Koala's data ------------------------------------------------------------
 
-FENCE = re.compile(r"^(?P<mark>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:^(?P=mark)[ \t]*$|\Z)", re.M | re.S)
+FENCE = re.compile(r"^(?P<mark>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:^(?P=mark)[ \t]*$|\Z)",
+                   re.M | re.S)
 LETTER = "A-Z\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
 
 
@@ -1011,7 +1011,7 @@ def prose(text: str, edit: Callable[[str], str]) -> str:
 
 def from_html(text: str, role: str) -> str:
     """HTML as Markdown, if the message begins and ends with a tag. Fix: `a < b` is left alone, nothing is
-    escaped (the original's \\_ reached 15 % of the conversations), code keeps language, spaces and back-ticks."""
+    escaped (as \\_ in 15 % of the original's conversations), code keeps language, spaces and back-ticks."""
     block = r"\s*<(p|div|span|pre|ul|ol|table|h[1-6]|blockquote)\b[^<>]*>"
     if not re.match(block, text, re.I) or not re.search(r"(</\w+\s*>|<(br|hr|img)\b[^<>]*>)\s*$", text, re.I):
         return text
@@ -1019,13 +1019,13 @@ def from_html(text: str, role: str) -> str:
         import bs4
         import markdownify
     except ImportError:
-        raise Problem("this file holds HTML: pip install markdownify, or leave it alone with --off=html") from None
+        raise Problem("the file holds HTML: pip install markdownify, or leave it alone: --off=html") from None
 
     class Converter(markdownify.MarkdownConverter):
         def convert_pre(self, pre, text, parent_tags):
             code = pre.find("code") or pre
             body = code.get_text().strip("\n")
-            title = "" if code is pre else "".join(pre.find_all(string=lambda t: code not in t.parents)).strip()
+            title = "".join(pre.find_all(string=lambda t: code not in t.parents)).strip()
             language = (re.search(r"language-([\w+#.-]+)", " ".join(code.get("class") or []))
                         or re.fullmatch(r"([\w+#.-]+)", title))
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
@@ -1069,8 +1069,8 @@ def counters(text: str, role: str) -> str:
 
 
 def spaces(text: str, role: str) -> str:
-    """CRLF, empty lines around the text, three or more line ends. Fix: code is left alone, and always two remain,
-    not one or two by chance."""
+    """CRLF, empty lines around the text, three or more line ends. Fix: code is left alone, and two remain
+    always, not one or two by chance."""
     text = prose(text.replace("\r\n", "\n"), lambda t: re.sub(r"\n{3,}", "\n\n", t))
     return re.sub(r"\A([ \t]*\n)+", "", text).rstrip()
 
@@ -1089,7 +1089,7 @@ def identifier():
 
 
 def unwanted(c: Conversation, languages: Sequence[str]) -> bool:
-    """Is it in another language than these, or in one with a minus? Code, and what is too short to tell, may stay."""
+    """Is it in another language than these, or in one with a minus? Code and what is too short may stay."""
     text = FENCE.sub("", without_links(c))
     if not languages or sum(map(str.isalpha, text)) < 12:
         return False
@@ -1099,26 +1099,27 @@ def unwanted(c: Conversation, languages: Sequence[str]) -> bool:
 
 
 def broken_numbers(c: Conversation) -> bool:
-    """"1." follows "1." in a reply's list. Fix: at the very start too, and a "2" somewhere does not hide it."""
+    """"1." follows "1." in a reply's list. Fix: at the very start too, and no "2" elsewhere hides it."""
     lists = (re.findall(r"^(\d+)\. ", FENCE.sub("", t.text), re.M) for t in c.turns[1::2])
     return any(a == b == "1" for numbers in lists for a, b in zip(numbers, numbers[1:]))
 
 
 def repetitive(c: Conversation) -> bool:
-    """A reply with a number of nine or more equal digits, or twenty equal lines. Fix: an amount like 1000000000
-    and an address like 0x000000000 stay."""
-    for text in (FENCE.sub("", t.text) for t in c.turns[1::2]):
+    """A reply with a number of nine or more equal digits, or twenty equal lines. Fix: an amount like
+    1000000000 and an address like 0x000000000 stay."""
+    def bad(text: str) -> bool:
         lines = Counter(line for line in text.split("\n") if line.strip())
-        if re.search(r"(?<![\w.,])(\d)\1{8,}(?!\w)", text) or max(lines.values(), default=0) >= 20:
-            return True
-    return False
+        return bool(re.search(r"(?<![\w.,])(\d)\1{8,}(?!\w)", text)) or max(lines.values(), default=0) >= 20
+
+    return any(bad(FENCE.sub("", t.text)) for t in c.turns[1::2])
 
 
 LIMIT = re.compile(r"\s*!?Too many requests in 1 hour\. Try again later\.")
 EDITS = {"html": (from_html, "HTML became Markdown"), "copy": (copy_button, 'the words "Copy code"'),
          "counters": (counters, "counters of the web page"),
          # my\\_name in copies that the original has converted. Fix: not in code
-         "escapes": (lambda t, role: prose(t, lambda t: re.sub(r"(?<=\w)\\_(?=\w)", "_", t)), "escaped underscores"),
+         "escapes": (lambda text, role: prose(text, lambda t: re.sub(r"(?<=\w)\\_(?=\w)", "_", t)),
+                     "escaped underscores"),
          "spaces": (spaces, "line ends")}
 CUTS = {"limit": (lambda t: t.role == "assistant" and LIMIT.match(t.text), "the notice of a rate limit"),
         "empty": (lambda t: blank(t.text), "a message without visible text")}
@@ -1127,12 +1128,12 @@ RULES = ["order", "rejected", "instructions",  # these three are seen to when a 
 
 
 def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[str] = (),
-          words: Sequence[str] = ("openai", "chatgpt"), languages: Sequence[str] = ()) -> Iterator[Conversation]:
-    """Vicuna's cleaning in its order, its mistakes mended, as each rule says. Cleaning again changes nothing more.
+          words: Sequence[str] = ("openai", "chatgpt"), languages: Sequence[str] = ()):
+    """Vicuna's cleaning in its order, its mistakes mended, as each rule says. Cleaning again changes nothing.
 
-    Two deviations: lengths and words are judged on the mended text, as a model will read it, or a second cleaning
-    would find what the HTML hid from the first; and duplicates come last, or the beginning of a conversation
-    would go in favour of one that is then dropped itself.
+    Two deviations: lengths and words are judged on the mended text, as a model will read it, or a second
+    cleaning would find what HTML hid from the first; and duplicates come last, or the beginning of a
+    conversation would go in favour of one that is then dropped itself.
     languages: ISO codes to keep, or with a minus to leave out; none: all are welcome.
     """
     drops = {
@@ -1174,7 +1175,7 @@ def clean(conversations: Iterable[Conversation], report: Report, off: Iterable[s
 
 
 def unique(conversations: Iterable[Conversation], report: Report) -> Iterator[Conversation]:
-    """Fix: not all that begins with the same round goes, but what is equal or was shared again when it had gone on."""
+    """Fix: not all that begins with the same round, but what is equal, or what another one goes on from."""
     known, keys = set(), []  # hashes; the conversations wait on the disk until all have been seen
     with tempfile.TemporaryFile() as waiting:
         for c in conversations:
@@ -1195,7 +1196,7 @@ def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int,
           report: Report) -> Iterator[Conversation]:
     """Pieces of at most `seq_len` tokens, each with the system text, and no round lost.
 
-    A round that is too long by itself is cut: the question, if the whole reply and at least 16 tokens of question
+    A round that is too long by itself is cut: the question, if the whole reply and at least 16 tokens of it
     have room; otherwise both, and the reply is learned without an end.
     """
     def size(turns: list[Turn], **more) -> int:
@@ -1230,8 +1231,8 @@ def split(c: Conversation, template: str, tokenizer: Tokenizer, seq_len: int,
                 report.add(c.id, "cut: a question")
             if size([asked, reply]) > seq_len:
                 extra = {**extra, "cut": True}
-                reply = reply._replace(text=shorten(
-                    reply.text, lambda text: size([asked, reply._replace(text=text)], extra=extra) <= seq_len))
+                reply = reply._replace(text=shorten(reply.text, lambda text: size(
+                    [asked, reply._replace(text=text)], extra=extra) <= seq_len))
                 report.add(c.id, "cut: a reply; its end is not learned")
             turns = [asked, reply]
         yield replace(c, turns=turns, id=c.id if len(pieces) == 1 else f"{c.id}_{at}", extra=extra)
@@ -1280,7 +1281,7 @@ def identity_conversations(name: str, maker: str) -> list[Conversation]:
           f"{maker[:1].upper()}{maker[1:]} made me; I am {name}."]
     no = [f"No, I am {name}, a language model made by {maker}.", f"I am not. I am {name}, made by {maker}."]
     chats = [[q, a] for asked, replies in ((who, i_am), (made, by)) for q in asked for a in replies]
-    chats += [[q.format(o), a] for o in others for q in ("Are you {}?", "You are {}, aren't you?") for a in no]
+    chats += [[q + o + "?", a] for o in others for q in ("Are you ", "Is your name ") for a in no]
     chats += [[q, i_am[i % 3], made[i % 4], by[i % 3]] for i, q in enumerate(who)]
     turns = [[Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(chat)] for chat in chats]
     return [Conversation(t, f"identity_{i}") for i, t in enumerate(turns)]
@@ -1408,12 +1409,13 @@ def refuse_same(source, target) -> None:
 
 def write_result(found: Iterable[Conversation], cfg, kind: str, report: Report) -> dict:
     """Writes the conversations, and beside them what happened to which."""
+    refuse_same(getattr(cfg, "file", ""), cfg.out)
     written = save_conversations(found, cfg.out, kind)
     with writing(f"{cfg.out}.report.json") as file:
         what_happened = [dict(id=name, what=what) for name, what in report.entries]
         json.dump(dict(read=report.read, written=written, reasons=report, conversations=what_happened), file,
                   ensure_ascii=False, indent=1)
-    print(f"{report.read} conversations read, {written} written to {cfg.out}; each change: {cfg.out}.report.json")
+    print(f"{report.read} conversations read, {written} written to {cfg.out}; changes: {cfg.out}.report.json")
     for reason, n in report.most_common():
         print(f"{n:>8}  {reason}")
     return dict(read=report.read, written=written, **report)
@@ -1434,7 +1436,6 @@ class CleanConfig:
 
 
 def clean_file(cfg: CleanConfig) -> dict:
-    refuse_same(cfg.file, cfg.out)
     report, off = Report(), cfg.off.split(",")
     found = clean(stream_conversations(cfg.file, report, off), report, off,
                   [w.lower() for w in cfg.blocked.split(",") if w], [c for c in cfg.language.split(",") if c])
@@ -1451,7 +1452,6 @@ class SplitConfig:
 
 
 def split_file(cfg: SplitConfig) -> dict:
-    refuse_same(cfg.file, cfg.out)
     report, tokenizer = Report(), find_tokenizer(cfg.tokenizer)
     template = cfg.template or default_template(cfg.file)
     found = (piece for c in stream_conversations(cfg.file, report)
@@ -1463,7 +1463,7 @@ def split_file(cfg: SplitConfig) -> dict:
 class OasstConfig:
     file: str  # trees, threads or messages
     out: str = "oasst.json"  # the result is written here
-    pick: str = "all"  # all paths to a last reply; top1, top2, ...: best-ranked replies; best: one path a tree
+    pick: str = "all"  # all paths to a last reply; top1, top2, ...: best-ranked replies; best: one a tree
     synthetic: bool = False  # keep messages written by a machine
     valid: float = 0.0  # share of the trees that goes into a second file, OUT.valid.json
     seed: int = 0  # which trees
@@ -1476,7 +1476,6 @@ class OasstConfig:
 
 
 def oasst_file(cfg: OasstConfig) -> dict:
-    refuse_same(cfg.file, cfg.out)
     if kind_of(cfg.file) != "oasst":
         raise Problem(f"{cfg.file} does not come from OpenAssistant")
     report = Report()
@@ -1494,7 +1493,7 @@ class MixConfig:
     files: str  # FILE:WEIGHT,FILE,...; 2: all of it twice, 0.5: a random half. With --recipe: NAME=FILE,...
     out: str = "mix.json"  # the result is written here
     recipe: str = ""  # koala_distill or koala_all: weights by name
-    rejected: bool = False  # of HH-RLHF, WebGPT and the summaries keep the worse replies, too, for --template=koala
+    rejected: bool = False  # keep the worse replies of HH-RLHF, WebGPT, ..., too; for --template=koala
     seed: int = 0  # of the order and of the halves
 
 
@@ -1538,5 +1537,6 @@ def identity_file(cfg: IdentityConfig) -> dict:
 
 if __name__ == "__main__":
     run(None, dict(show=(show, ShowConfig), stats=(stats, StatsConfig), tokens=(stats, StatsConfig),
-                   clean=(clean_file, CleanConfig), split=(split_file, SplitConfig), oasst=(oasst_file, OasstConfig),
-                   mix=(mix_files, MixConfig), identity=(identity_file, IdentityConfig)))
+                   clean=(clean_file, CleanConfig), split=(split_file, SplitConfig),
+                   oasst=(oasst_file, OasstConfig), mix=(mix_files, MixConfig),
+                   identity=(identity_file, IdentityConfig)))

@@ -242,13 +242,6 @@ def load(tmp_path, records) -> tuple:
     return data.load_conversations(file, report), report
 
 
-@pytest.mark.parametrize("given", ["", None, "<noinput>", "<NoInput>", "N/A", "No input", " none ", "  "])
-def test_alpaca_without_input(tmp_path, given):
-    """All of these stand for "no input" in the released file."""
-    found, report = load(tmp_path, [dict(instruction="Go.", input=given, output="Gone.")])
-    assert found[0].turns == conversation("Go.", "Gone.").turns and not report
-
-
 def test_alpaca(tmp_path):
     """A single character is an input, too; and some files say "response"."""
     go = dict(instruction="Go.", output="Gone.")
@@ -293,26 +286,6 @@ def test_bad_files(tmp_path, content, message):
         data.load_conversations(file)
     said = str(caught.value)
     assert message in said and "people.json" in said and "\n" not in said
-
-
-Q, A, S = ("human", "Q"), ("gpt", "A"), ("system", "Be brief.")
-
-
-@pytest.mark.parametrize("messages, texts, reason", [
-    ([("gpt", "Hello"), Q, A], ["Q", "A"], "before the first question"),
-    ([Q, A, ("human", "And?")], ["Q", "A"], "without reply"),
-    ([Q, ("human", "more"), A], ["Q\nmore", "A"], "joined two"),
-    ([Q, A, ("gpt", "B")], ["Q", "A\nB"], "joined two"),
-    ([Q, A, ("human", " "), A], ["Q", "A"], "empty message"),
-    ([Q, A, ("human", None), A], ["Q", "A"], "empty message"),
-    ([("User", "Q"), ("ChatGPT", "A")], ["Q", "A"], ""), ([("prompter", "Q"), ("bard", "A")], ["Q", "A"], ""),
-    ([S, Q, A], ["Q", "A"], "")], ids=str)
-def test_mended_conversations(tmp_path, messages, texts, reason):
-    """What a loader changes it must say, or nobody knows what a model was trained on."""
-    (found,), report = load(tmp_path, [{"conversations": [{"from": f, "value": v} for f, v in messages]}])
-    assert found.turns == conversation(*texts).turns
-    assert found.system == ("Be brief." if S in messages else None)
-    assert sum(report.values()) == bool(reason) and reason in "".join(report)
 
 
 def test_empty_system_text(tmp_path):

@@ -358,7 +358,7 @@ def test_sources_of_koala(tmp_path, tokenizer, kind, record, want, rejected):
         assert string.count("An Unhelpful Answer:") == ([t.text for t in c.turns] in rejected)
         if "Unhelpful" in string:
             assert string.endswith(f"An Unhelpful Answer: {c.turns[-1].text}</s>") and string.count("GPT:") == len(c.turns) // 2 - 1
-            with pytest.raises(config.Problem, match="koala can"):
+            with pytest.raises(config.Problem, match="koala has"):
                 data.render(c, "vicuna_v1.1", tokenizer)
     assert kind != "oig" or "text" in record and [c.system for c in found] == ["Background: a play." if "play" in record["text"] else None]
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,20 @@ def test_a_reply_that_is_cut_has_no_end(tmp_path):
         assert 140 < len(tokens) <= 150 and SHARED.eos not in tokens and labels[-1] == tokens[-1]
 
 
+def test_cleaning_holds_no_file_in_memory():
+    """A file may be larger than the memory: what is waiting for the last duplicate waits on the disk."""
+    pytest.importorskip("markdownify")
+    alive: list = []
+
+    def source():
+        for i in range(50):
+            alive.append(weakref.ref(c := conversation(f"What is {i}?", "A number, of course.", id=str(i))))
+            yield c
+            assert sum(ref() is not None for ref in alive) < 9
+
+    assert [c.id for c in data.clean(source(), data.Report())] == list(map(str, range(50)))
+
+
 def test_markdown_about_html_is_not_converted_again():
     pytest.importorskip("markdownify")
     c = conversation("How do I write a paragraph?", "<p>&lt;p&gt;So it is done.&lt;/p&gt;</p>")
@@ -464,6 +479,10 @@ def test_mix(tmp_path, capsys):
     assert mixed(f"{c}:3") == ["c0", "c0#2", "c0#3"] and data.kind_of(out) == "alpaca"
     assert data.load_conversations(out)[0].turns[0] == data.Turn("user", "Add.", "1, 2"), "Alpaca's input is still one"
     assert len(mixed(f"sharegpt={a},hc3={b},identity={c}", "--recipe=koala_distill")) == 40 + 10 + 5
+    (hh := tmp_path / "hh.json").write_text(json.dumps([dict(
+        chosen="\n\nHuman: Q\n\nAssistant: good", rejected="\n\nHuman: Q\n\nAssistant: bad")]))
+    assert mixed(f"{hh},{b}:0") == ["hh_0_0"] and sorted(mixed(f"{hh},{b}:0", "--rejected")) == ["hh_0_0", "hh_0_1"]
+    assert [c.extra["rejected"] for c in sorted(data.load_conversations(out), key=lambda c: c.id)] == [False, True]
     for files, recipe in ((f"sharegpt={a}", "koala_distill"), (f"x={a}", "koala_all"), (str(a), "koala"), (f"{a},,{b}", ""),
                           (f"{tmp_path / 'none.json'}", ""), (str(out), "")):
         with pytest.raises(config.Problem) as caught:

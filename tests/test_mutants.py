@@ -221,7 +221,7 @@ DATA = [
     # files
     ("a repair is not counted",
      'done.append("mended: joined two messages of one speaker")\n', "pass\n",
-     "test_mended_conversations"),
+     "test_data_files.py::test_bad_input"),
     ("a record that is cut off is skipped",
      "fail(error.msg, error.pos)", "return",
      "test_bad_files"),
