@@ -175,7 +175,7 @@ TEMPLATES = {
                "The assistant gives helpful, detailed, and polite answers to the human's questions.",
         between="\n\n", start="###", ask=" Human: {text}\n### Assistant:", end="\n###"),
     # the preamble depends on whether there is an input; the reply follows the colon directly. A deliberate
-    # deviation: when prompt and reply are encoded as one string, as there, ":" and a "-" that begins the reply
+    # deviation: the original encodes prompt and reply as one string, in which ":" and a "-" after it
     # become one piece, and the "-" is never learned
     "alpaca": Template(
         system="Below is an instruction that describes a task. "
@@ -638,8 +638,8 @@ ALPACA = ("alpaca", "completions")  # kinds that have an instruction and an inpu
 
 
 def stream_conversations(path, report: Report, off: Iterable[str] = (), **how) -> Iterator[Conversation]:
-    """Those of a file of any kind, one at a time. report: what is dropped or mended; off: rules of `clean` not
-    to follow; how: see oasst_conversations. Raises Problem when there is none."""
+    """Those of a file of any kind, one at a time. report: what is dropped or mended; off: rules of `clean`
+    not to follow; how: see oasst_conversations. Raises Problem when there is none."""
     kind = kind_of(path)
     if kind in ("text", "documents"):
         raise Problem(f"{path} is plain text, not conversations; pre-train on it with --stage=pretrain")
