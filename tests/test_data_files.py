@@ -36,6 +36,14 @@ def ask(instruction, output, **more) -> dict:
     return dict(instruction=instruction, output=output, **more)
 
 
+def wrote(text: str, why: str = "stop") -> dict:
+    return dict(choices=[dict(text=text, finish_reason=why)])
+
+
+def task(number: int, instruction: str, given: str = "<noinput>", out: str = "Yes.") -> str:
+    return f"{number}. Instruction: {instruction}\n{number}. Input:\n{given}\n{number}. Output:\n{out}\n###\n"
+
+
 GOOD = talk("What is a cat?", "An animal with whiskers.", id="good")
 KEPT = None  # in a case: the texts come out as they went in
 
@@ -62,8 +70,8 @@ CASES = [
     (3, "load", talk("Q", "A", "R"), [["Q", "A"]], ["last question without reply"]),
     # 4: no conversation at all
     (4, "load", talk("Q"), [], ["no reply"]), (4, "load", talk(), [], ["no reply"]),
-    (4, "load", {"id": "x"}, [], ["no list"]), (4, "load", {"conversations": None}, [], ["no list"]),
-    (4, "load", {"conversations": "Q"}, [], ["no list"]), (4, "load", [None, 5, "x", []], [], ["no list"] * 4),
+    (4, "load", {"id": "x"}, [], ["no conversation"]), (4, "load", {"conversations": None}, [], ["no conversation"]),
+    (4, "load", {"conversations": "Q"}, [], ["no conversation"]), (4, "load", [None, 5, "x", []], [], ["no conversation"] * 4),
     # 5: roles
     *[(5, "load", talk("Q", "A", roles=roles), [["Q", "A"]], [])
       for roles in (("user", "assistant"), ("Human", "GPT"), ("prompter", "bing"), ("user", "bard"), ("USER", "chatgpt"))],
@@ -177,19 +185,42 @@ CASES = [
     *[(21, "load", ask("Go.", "Gone.", input=text), [["Go.", "Gone."]], [])
       for text in (None, "<noinput>", "No input", "N/A", "None", "  ")],
     (21, "load", ask("Go.", "Gone."), [["Go.", "Gone."]], []), (21, "load", ask("Go.", "5", input="5"), [["Go.", "5"]], []),
-    (21, "load", ask("Go.", ""), [], ["no output"]), (21, "load", ask("Go.", None), [], ["no output"]),
-    (21, "load", ask(" ", "Gone."), [], ["no instruction"]), (21, "load", ask(["Go."], "Gone."), [], ["not text"]),
+    (21, "load", ask("Go.", ""), [], ["no reply"]), (21, "load", ask("Go.", None), [], ["no reply"]),
+    (21, "load", ask(" ", "Gone."), [], ["no reply"]), (21, "load", ask(["Go."], "Gone."), [], ["no reply"]),
+    (21, "load", ask("Go.", "Gone.", input=["5"]), [], ["no conversation"]),
     *[(21, "load", ask(text, "A"), [[text, "A"]], [])
       for text in ("### Response:\nYes", "{} {text} {0}", "https://example.org", "Q\r\n")],
     (21, "split", ask(LONG * 3, "Gone."), "pieces", ["cut: a question"]),
     (21, "split", ask("Sum up.", "Gone.", input=LONG * 3), "pieces", ["cut: a question"]),
     (21, "load", dict(instruction="Go.", instances=[dict(input="", output="A"), dict(input="", output="B")]),
      [["Go.", "A"], ["Go.", "B"]], []),
-    (21, "load", dict(instruction="Go.", instances=[]), [], ["no output"]),
-    # 22: what a generator of instructions writes is text like any other here; it is judged where it is generated
-    *[(22, "clean", ask("Which of these is it?", text), [["Which of these is it?", text]], [])
-      for text in ("Output: a Output: b", "### 20. Instruction: go", "It costs 20. Is it much?", "mapping, drawing, filed", "DRAW it now, please")],
-    (22, "clean", ask("Which of these is it?", "Output:\r\nthis one"), [["Which of these is it?", "Output:\nthis one"]], ["line ends"]),
+    (21, "load", dict(instruction="Go.", instances=[]), [], ["no conversation"]),
+    # 22: tasks that a model wrote
+    (22, "load", wrote(task(4, "Say it once more.") + task(5, "Now be quiet, please.", "2\nthings")),
+     [["Say it once more.", "Yes."], ["Now be quiet, please.", "Yes."]], []),
+    (22, "load", wrote(" Say it once more.\n4. Input: <noinput>\n4. Output: Yes.\n###\n" + task(1, "Now be quiet, please.")),
+     [["Say it once more.", "Yes."], ["Now be quiet, please.", "Yes."]], []),
+    (22, "load", wrote("Say it once more.\n4. Output: Yes.\n###\n" + task(5, "Now be quiet, please.")),
+     [["Now be quiet, please.", "Yes."]], ["no reply"]),
+    (22, "load", wrote(task(4, "Say it once more.", out="Yes.\n4. Output: No.") + task(5, "Now be quiet, please.")),
+     [["Now be quiet, please.", "Yes."]], ["no reply"]),
+    (22, "load", wrote(task(4, "Say it once more.") + task(5, "Now be quiet, please."), "length"),
+     [["Say it once more.", "Yes."]], ["no reply"]),
+    (22, "load", wrote(task(4, "Say it once more.", out="It costs 20. Not\n20. That.\n### Title\n###\nOutput: x")),
+     [["Say it once more.", "It costs 20. Not\n20. That.\n### Title\n###\nOutput: x"]], []),
+    (22, "load", wrote(task(4, "Say it once more.", out="a\nb").replace("\n", "\r\n")), [["Say it once more.", "a\nb"]], []),
+    (22, "load", {"choices": [dict(message=dict(content=task(4, "Say it once more.")), finish_reason="stop")]},
+     [["Say it once more.", "Yes."]], []),
+    (22, "load", {"choices": [dict(finish_reason="stop")]}, [], ["no conversation"]),
+    (22, "load", wrote("I cannot do that."), [], ["no reply"]),
+    *[(22, "load", wrote(task(4, text)), [[text, "Yes."]] * (not reason), [reason] * bool(reason)) for text, reason in (
+        ("Say it again", "too short"), ("Say it once again", ""), ("a " * 149 + "a", ""), ("a " * 150 + "a", "too long"),
+        ("Is mapping or drawing filed here?", ""), ("Draw me a sheep.", "cannot show"), ("DRAW me a sheep.", "cannot show"),
+        ("Go to the next town.", "cannot show"), ("Write a program that sorts.", "program"), ("Write a programme for us.", "program"),
+        ("- Say it once more.", "begin with a letter"), ("이것을 한 번 더 말해 주세요.", ""))],
+    (22, "load", wrote(task(4, "a b c d e f g h i j") + task(5, "a b c d e f g x y z") + task(6, "a b c d e f g h y z")),
+     [["a b c d e f g h i j", "Yes."], ["a b c d e f g x y z", "Yes."]], ["like an earlier one"]),  # 0.7 may stay
+    (22, "load off=instructions", wrote(task(4, "Go.")), [["Go.", "Yes."]], []),
 ]
 
 
@@ -215,14 +246,15 @@ def test_bad_input(tmp_path, tokenizer, group, stage, record, want, reasons):
     """Kept, mended or dropped, as the table says; nothing else happens to it and all of it is reported."""
     if "language" in stage:
         pytest.importorskip("py3langid")
-    good = ask("What is a cat?", "An animal with whiskers.", id="good") if "instruct" in str(record) else GOOD
+    good = (dict(wrote(task(4, "What is a cat?", out="An animal with whiskers.")), id="good") if "choices" in str(record) else
+            ask("What is a cat?", "An animal with whiskers.", id="good") if "instruct" in str(record) else GOOD)
     records = [good, *(record if isinstance(record, list) else [record])]
     (file := tmp_path / "people.json").write_text("\n".join(json.dumps(r) for r in records))
     report, (stage, _, option) = data.Report(), stage.partition(" ")
     off = option.removeprefix("off=").split(",")
     found = data.load_conversations(file, report, off)
     if stage == "clean":
-        found = data.clean(found, report, languages=option.removeprefix("language=").split(",") if option else ())
+        found = list(data.clean(found, report, languages=option.removeprefix("language=").split(",") if option else ()))
     pieces = found
     if stage == "split":
         pieces = [p for c in found for p in data.split(c, "vicuna_v1.1", tokenizer, 200, report)]
@@ -252,7 +284,7 @@ LINE = json.dumps(talk("Q", "A"))
 FILES = [  # group 19: content, number of conversations or what the one-line refusal says, reason
     (f"[{LINE}, {LINE}]", 2, ""), (f"{LINE}\n{LINE}", 2, ""), (gzip.compress(LINE.encode()), 1, ""),
     (f"\n\n{LINE}\n\n\n{LINE}\n\n", 2, ""), (LINE, 1, ""), (json.dumps(talk("Q", "A"), indent=2), 1, ""),
-    (f"[\n{LINE},\n{LINE},\n]", "line 4: expected record after ,", ""), (f"[\n{LINE}\n{LINE}]", "line 3: expected , or ]", ""),
+    (f"[\n{LINE},\n{LINE},\n]", "line 4: expected a record after the comma", ""), (f"[\n{LINE}\n{LINE}]", "line 3: expected , or ]", ""),
     (f"[{LINE}]\n{LINE}", "line 2: expected nothing after ]", ""), (f"[\n{LINE},\n", "line 3", ""),
     (f"{LINE}\n{LINE[:-5]}", "line 2", ""), (f"{LINE}\n{LINE[:30]}", "line 2", ""), (f"[{LINE},\n{LINE[:-5]}", "line 2", ""),
     (f"{LINE}\n{{'a': 1}}\n{LINE}", "line 2", ""), (f"{LINE}\noops\n", "line 2", ""),
@@ -284,6 +316,61 @@ def test_bad_file(tmp_path, monkeypatch, content, want, reason, chunk):
     else:
         assert [c.turns[0].text for c in data.load_conversations(file, report)] == ["Q"] * want
         assert reason in "".join(report) and len(report) == bool(reason)
+
+
+# -- Koala's sources, as their publishers lay them out -------------------------------------------------------
+
+WEBGPT = dict(question=dict(dataset="eli5", id="q1", full_text="Why is it so?"), answer_0="It is [1].", answer_1="No.",
+              quotes_0=dict(title=["A page"], extract=["It is."]), quotes_1=dict(title=[], extract=[]), score_0=0.5, score_1=-0.5)
+POST = dict(info=dict(id="t3", post="A long story."), summaries=[dict(text=" A story."), dict(text=" Nothing.")], choice=0)
+HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant: "
+
+
+@pytest.mark.parametrize("kind, record, want, rejected", [
+    ("hc3", dict(question="Why?", human_answers=["So.", "Thus."], chatgpt_answers=["Because."], source="x"),
+     [["Why?", "So."], ["Why?", "Thus."], ["Why?", "Because."]], []),
+    ("hh", dict(chosen=f"{HUMAN}Hi{BOT}Hello.{HUMAN}Human: or\n\nnot?{BOT}Yes.\n\nReally.",
+                rejected=f"{HUMAN}Hi{BOT}Hello.{HUMAN}Human: or\n\nnot?{BOT}No."),
+     [["Hi", "Hello.", "Human: or\n\nnot?", "Yes.\n\nReally."]], [["Hi", "Hello.", "Human: or\n\nnot?", "No."]]),
+    ("webgpt", WEBGPT, [["Why is it so?\n\nSources for your answer:\n[1] A page: It is.", "It is [1]."]], [["Why is it so?", "No."]]),
+    ("webgpt", {**WEBGPT, "score_0": 0.0, "score_1": 0.0}, [], []),
+    ("summaries", POST, [["Summarize this text.\n\nA long story.", "A story."]], [["Summarize this text.\n\nA long story.", "Nothing."]]),
+    ("oig", dict(text="<human>: Why <bot>: so?\n<bot>: Because.\n<human>: And?\n<bot>: No more.", metadata={}),
+     [["Why <bot>: so?", "Because.", "And?", "No more."]], []),
+    ("oig", dict(text="Background: a play.\n<human>: Why?\n<bot>: So."), [["Why?", "So."]], []),
+    *[(kind, bad, [], []) for kind, bad in (("hc3", dict(question="Why?", human_answers=None, chatgpt_answers=[])),
+                                            ("hh", dict(chosen=["Hi"], rejected=None)), ("webgpt", {**WEBGPT, "quotes_0": None}),
+                                            ("summaries", {**POST, "info": {}}), ("summaries", {**POST, "summaries": [None]}))]])
+def test_sources_of_koala(tmp_path, tokenizer, kind, record, want, rejected):
+    """Each is recognised; a rejected reply is left out, or learned under the name that Koala gave it, and no other."""
+    (file := tmp_path / "people.json").write_text(json.dumps([record]))
+    assert data.kind_of(file) == kind
+    for off, expected in ((), want), (["rejected"], want + rejected):
+        found, report = [], data.Report()
+        try:
+            found = data.load_conversations(file, report, off)
+        except config.Problem as problem:
+            assert not expected and "no conversation" in str(problem)
+        assert [[t.text for t in c.turns] for c in found] == expected
+        assert sum(report.values()) == (0 if off or not want else len(rejected)) + (not want)
+    for c in found:
+        string = data.spell(tokenizer, data.render(c, "koala", tokenizer).tokens)
+        assert string.count("An Unhelpful Answer:") == ([t.text for t in c.turns] in rejected)
+        if "Unhelpful" in string:
+            assert string.endswith(f"An Unhelpful Answer: {c.turns[-1].text}</s>") and string.count("GPT:") == len(c.turns) // 2 - 1
+            with pytest.raises(config.Problem, match="koala has"):
+                data.render(c, "vicuna_v1.1", tokenizer)
+    assert kind != "oig" or "text" in record and [c.system for c in found] == ["Background: a play." if "play" in record["text"] else None]
+
+
+def test_toy_sets_by_name(tokenizer):
+    """The toy world is a file like any other, without a file."""
+    assert [data.kind_of(name) for name in data.TOY] == ["documents", "alpaca", "sharegpt"]
+    found = data.load_conversations("toy:conversations", report := data.Report())
+    assert len(found) == report.read == 1000 and not report and found == data.load_conversations("toy:conversations")
+    assert data.stats(data.StatsConfig("toy:instructions", str(tokenizer.path)))["conversations"] == 1000
+    with pytest.raises(config.Problem, match="no such file: toy:songs"):
+        data.kind_of("toy:songs")
 
 
 # -- OpenAssistant -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_real_files_as_the_originals(tmp_path):
     characters in the original. The hash is that of transformers' own LlamaTokenizer (4.36.2, slow, legacy) under the rule."""
     tokenizer, out = data.Tokenizer(real("llama_tokenizer.model")), tmp_path / "x.jsonl"
     for name in ("sharegpt_identity.json", "seed_tasks.jsonl"):
-        data.write_tokens(data.TokensConfig(str(real(name)), str(tokenizer.path), out=str(out)))
+        data.stats(data.StatsConfig(str(real(name)), str(tokenizer.path), out=str(out)))
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         found = [(line["tokens"], line["labels"]) for line in lines]
         if name == "sharegpt_identity.json":
@@ -127,6 +128,16 @@ def test_real_files_as_the_originals(tmp_path):
                 assert not prefix or (ids, labels) == (tokens, ours)
                 reply = tokenizer.decode([i for i in ours if i not in (-100, 2)], continuation=True)
                 assert reply == r["instances"][0]["output"], "the whole reply is learned"
+
+
+def test_real_seed_tasks():
+    """Alpaca's own filter keeps 171 of the 175 (two are short, one asks for a program, one says "Music"); two more are
+    like an earlier one, with ROUGE-L 0.82 and 0.75."""
+    report = data.Report()
+    kept = data.fit_tasks(data.load_conversations(real("seed_tasks.jsonl")), report)
+    assert len(list(kept)) == 169 and sorted(report.values()) == [1, 1, 2, 2]
+    first, second = (["a", "b", "c", "b"], ["b", "c", "x", "b"])
+    assert data.rouge_l(first, second) == 0.75 and data.rouge_l(first, first) == 1 and data.rouge_l(first, []) == 0
 
 
 def test_real_trees(capsys):
@@ -232,8 +243,8 @@ def test_splitting_loses_no_round(rounds, template, seq_len):
 def test_cleaning_twice_changes_nothing_more(chats):
     pytest.importorskip("markdownify")
     given_ = [conversation(*flat(rounds), id=str(i)) for i, rounds in enumerate(chats)]
-    once = data.clean(given_, first := data.Report())
-    assert data.clean(once, second := data.Report()) == once and not second
+    once = list(data.clean(given_, first := data.Report()))
+    assert list(data.clean(once, second := data.Report())) == once and not second
     assert {name for name, what in first.entries if what.startswith("dropped")} == {c.id for c in given_} - {c.id for c in once}
 
 
@@ -266,12 +277,26 @@ def test_a_reply_that_is_cut_has_no_end(tmp_path):
         assert 140 < len(tokens) <= 150 and SHARED.eos not in tokens and labels[-1] == tokens[-1]
 
 
+def test_cleaning_holds_no_file_in_memory():
+    """A file may be larger than the memory: what is waiting for the last duplicate waits on the disk."""
+    pytest.importorskip("markdownify")
+    alive: list = []
+
+    def source():
+        for i in range(50):
+            alive.append(weakref.ref(c := conversation(f"What is {i}?", "A number, of course.", id=str(i))))
+            yield c
+            assert sum(ref() is not None for ref in alive) < 9
+
+    assert [c.id for c in data.clean(source(), data.Report())] == list(map(str, range(50)))
+
+
 def test_markdown_about_html_is_not_converted_again():
     pytest.importorskip("markdownify")
     c = conversation("How do I write a paragraph?", "<p>&lt;p&gt;So it is done.&lt;/p&gt;</p>")
-    once = data.clean([c], data.Report())
+    once = list(data.clean([c], data.Report()))
     assert once[0].turns[1].text == "<p>So it is done.</p>"
-    assert data.clean(once, data.Report()) == once
+    assert list(data.clean(once, data.Report())) == once
 
 
 # -- templates of the other models ---------------------------------------------------------------------------
@@ -363,7 +388,7 @@ def test_korean(korean, tmp_path, capsys, kind):
     assert figures["read"] == 12 and figures["written"] > 12 and not any("cut" in reason for reason in figures)
     whole, parts = (sorted(t.text for c in data.load_conversations(f) for t in c.turns) for f in (clean, pieces))
     assert whole == parts
-    run(data.write_tokens, data.TokensConfig, pieces, f"--tokenizer={tokenizer}", f"--out={tokens}")
+    run(data.stats, data.StatsConfig, pieces, f"--tokenizer={tokenizer}", f"--out={tokens}")
     lines = [json.loads(line) for line in tokens.read_text().splitlines()]
     spelled = [data.Tokenizer(tokenizer).decode([i for i in x["labels"] if i > 2 or i == 0]) for x in lines]
     assert len(spelled) == figures["written"] and any("KTX를 타면 약 2시간 30분이" in text for text in spelled)
@@ -454,6 +479,10 @@ def test_mix(tmp_path, capsys):
     assert mixed(f"{c}:3") == ["c0", "c0#2", "c0#3"] and data.kind_of(out) == "alpaca"
     assert data.load_conversations(out)[0].turns[0] == data.Turn("user", "Add.", "1, 2"), "Alpaca's input is still one"
     assert len(mixed(f"sharegpt={a},hc3={b},identity={c}", "--recipe=koala_distill")) == 40 + 10 + 5
+    (hh := tmp_path / "hh.json").write_text(json.dumps([dict(
+        chosen="\n\nHuman: Q\n\nAssistant: good", rejected="\n\nHuman: Q\n\nAssistant: bad")]))
+    assert mixed(f"{hh},{b}:0") == ["hh_0_0"] and sorted(mixed(f"{hh},{b}:0", "--rejected")) == ["hh_0_0", "hh_0_1"]
+    assert [c.extra["rejected"] for c in sorted(data.load_conversations(out), key=lambda c: c.id)] == [False, True]
     for files, recipe in ((f"sharegpt={a}", "koala_distill"), (f"x={a}", "koala_all"), (str(a), "koala"), (f"{a},,{b}", ""),
                           (f"{tmp_path / 'none.json'}", ""), (str(out), "")):
         with pytest.raises(config.Problem) as caught:
@@ -513,7 +542,7 @@ def test_mistyped_options(tmp_path):
     data.save_conversations([conversation("Q", "A")], file := tmp_path / "c.json")
     for main, cls, *argv in ((data.clean_file, data.CleanConfig, "--off=htlm"), (data.clean_file, data.CleanConfig, f"--out={file}"),
                              (data.split_file, data.SplitConfig, "--seq_len=20", f"--tokenizer={MICRO / 'tokenizer.model'}"),
-                             (data.write_tokens, data.TokensConfig, f"--out={file}", f"--tokenizer={MICRO / 'tokenizer.model'}"),
+                             (data.stats, data.StatsConfig, f"--out={file}", f"--tokenizer={MICRO / 'tokenizer.model'}"),
                              (data.oasst_file, data.OasstConfig), (data.stats, data.StatsConfig, "--tokenizer=nowhere")):
         with pytest.raises(config.Problem) as caught:
             run(main, cls, file, *argv)
