@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import config
 import convert
 import data
@@ -686,7 +687,7 @@ def test_llama_cpp_reads_and_says_the_same(talker, tmp_path):
     prompts = [data.render(data.Conversation([data.Turn("user", q)]), meta["template"], tokenizer).tokens
                for q in questions]
     convert.write_gguf(talker, tmp_path / "m.gguf")
-    said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, prompts=prompts, max_tokens=50))
+    said = bench.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, prompts=prompts, max_tokens=50))
     assert said["template"] == convert.jinja(meta["template"])
     for text, ids in zip(texts, said["tokens"]):
         assert ids == tokenizer.encode(text), text
@@ -709,7 +710,7 @@ def test_llama_cpp_renders_the_same_prompt(talker, tmp_path):
     convert.write_gguf(talker, tmp_path / "m.gguf")
     spell = jinja2.Template(convert.jinja("vicuna_v1.1")).render
     texts = [spell(messages=[dict(role=role, content=text) for role, text in chat]) for chat in CHATS]
-    said = convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, special=True))
+    said = bench.llama_cpp(dict(model=str(tmp_path / "m.gguf"), texts=texts, special=True))
     for chat, ids in zip(CHATS, said["tokens"]):
         ours = data.render(data.Conversation([data.Turn(r, t) for r, t in chat]), "vicuna_v1.1", tokenizer).tokens
         assert [tokenizer.bos, *ids] == ours
@@ -729,7 +730,7 @@ def test_llama_cpp_agrees_on_fewer_bits(quantize, talker, tmp_path):
         ids = data.render(data.Conversation(turns), meta["template"], tokenizer).tokens
         rows.append(ids[:net.config.max_seq_len])
     convert.write_gguf(talker, tmp_path / "m.gguf", quantize)
-    theirs = sum(sum(nll) for nll in convert.llama_cpp(dict(model=str(tmp_path / "m.gguf"), score=rows))["nll"])
+    theirs = sum(sum(nll) for nll in bench.llama_cpp(dict(model=str(tmp_path / "m.gguf"), score=rows))["nll"])
     with torch.no_grad():
         own = sum(float(net.nll(torch.tensor([row]), torch.tensor([row]))[0]) for row in rows)
     count = sum(len(row) - 1 for row in rows)
