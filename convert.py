@@ -16,7 +16,6 @@ import math
 import pickle
 import re
 import struct
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Optional
@@ -51,7 +50,7 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise Problem(f"{path} is a web page (a login or a quota notice?), not the weights; fetch it again")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    return _open_pickle(path, mappable=head.startswith(b"PK"))
+    return _open_pickle(path)
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -79,10 +78,10 @@ def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
-    """What torch.save wrote. Before 2020 it wrote plain pickles, which have to be read whole."""
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """What torch.save writes since 2020: a zip file, which can be mapped."""
     try:
-        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mappable)
+        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if not wanted:
@@ -108,10 +107,9 @@ class File:
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
-        self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 24 and self.mapped:
+        if self.read > 2 ** 24:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
@@ -780,20 +778,22 @@ def check(cfg: CheckConfig) -> dict:
     else:
         rows = data.windows(data.encode_text(ALICE, tokenizer), 256, tokenizer.bos)
     tokens, labels, segments = rows.batch(0, min(4, len(rows)))
-    turned = [(linear.weight, heads) for block in net.layers for linear, heads in
-              ((block.attention.wq, c.n_heads), (block.attention.wk, c.n_kv_heads))]
 
-    def loss(reorder: Callable = lambda weight, heads: weight) -> float:
-        kept = [weight.data for weight, _ in turned]
-        for weight, heads in turned:
-            weight.data = reorder(weight.data, heads)
+    def loss() -> float:
         total, count = net.nll(tokens, labels, segments=segments)
-        for (weight, _), old in zip(turned, kept):
-            weight.data = old
         return float(total / count)
 
+    def turn(reorder: Callable) -> None:
+        for attention in (block.attention for block in net.layers):
+            attention.wq.weight.data = reorder(attention.wq.weight.data, c.n_heads)
+            attention.wk.weight.data = reorder(attention.wk.weight.data, c.n_kv_heads)
+
     read, guess = loss(), math.log(c.vocab_size)
-    other = min(loss(interleave), loss(deinterleave))
+    turn(interleave)
+    other = loss()
+    turn(deinterleave)  # as it was
+    turn(deinterleave)
+    other = min(other, loss())
     print(f"{read:.2f} nats per token; guessing would be {guess:.2f}, q and k in another order {other:.2f}")
     if other < min(read - 0.2, 0.7 * guess):
         raise Problem(f"{cfg.ckpt}: with the rows of q and k in another order the loss is {other:.2f}, "

@@ -25,6 +25,7 @@ import convert
 import data
 import model
 import sample
+import toy
 import train_sft
 import vision
 from test_model import close
@@ -137,20 +138,6 @@ def test_every_loader_takes_published_folders(tmp_path, tokenizer):
     for quantize in (None, "q8", "q4"):
         cfg = sample.SampleConfig(ckpt=str(tmp_path / "vicuna"), prompt="Hi", max_new_tokens=4, quantize=quantize)
         assert sample.main(cfg)["rounds"] == 1
-
-
-def test_pickles_from_before_2020(tmp_path, tokenizer):
-    """Plain pickles, not zip files: they cannot be mapped, only read."""
-    net = ours(tokenizer.vocab_size)
-    meta_folder(tmp_path / "7B", net, tokenizer, 1)
-    file = tmp_path / "7B" / "consolidated.00.pth"
-    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
-    assert file.read_bytes()[:2] != b"PK"
-    ids = some_ids(tokenizer.vocab_size)
-    assert torch.equal(model.load(tmp_path / "7B")[0](ids), net(ids))
-    cut(file)
-    with pytest.raises(config.Problem, match="cut off"):
-        model.load(tmp_path / "7B")
 
 
 def test_training_starts_from_a_published_folder(tmp_path, tokenizer):
@@ -531,7 +518,7 @@ def published_minigpt4(folder: Path, tokenizer):
     and Hugging Face lay theirs out, with everything those files hold beside."""
     transformers = pytest.importorskip("transformers")
     slot = tokenizer.vocab_size - 1  # transformers marks image slots with a piece
-    text = dict(hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, intermediate_size=256,
+    text = dict(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, intermediate_size=256,
                 rms_norm_eps=1e-6, vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
     twin = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(
         text_config=transformers.LlamaConfig(**text), num_query_tokens=32, image_token_index=slot,
@@ -599,7 +586,7 @@ def test_minigpt4(tmp_path, tokenizer):
         want = twin(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         got = net(ids.masked_fill(ids == slot, model.IMAGE_SLOT), pixels)
         blind = net(ids.masked_fill(ids == slot, model.IMAGE_SLOT), torch.zeros_like(pixels))
-    close(got, want, "the four files together differ from Blip2 + LLaMA", 2e-5)
+    close(got, want, "the four files together differ from Blip2 + LLaMA")
     assert not torch.allclose(got, blind, rtol=1e-2)  # the picture is seen
     assert path.parent.name == "vicuna" and not net.training
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
@@ -722,13 +709,8 @@ def test_llama_cpp_agrees_on_fewer_bits(quantize, talker, tmp_path):
     """The same blocks, other kernels (llama.cpp rounds activations to 8 bits): perplexity within 1 %."""
     net, path, meta = model.load(talker, quantize=quantize)
     tokenizer = data.Tokenizer(path)
-    import toy
-    rows = []
-    for item in toy.test_set("scenes", 12):
-        turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
-        turns.append(data.Turn("assistant", item.question.full))
-        ids = data.render(data.Conversation(turns), meta["template"], tokenizer).tokens
-        rows.append(ids[:net.config.max_seq_len])
+    rows = [data.render(bench.answered(item), meta["template"], tokenizer).tokens[:net.config.max_seq_len]
+            for item in toy.test_set("scenes", 12)]
     convert.write_gguf(talker, tmp_path / "m.gguf", quantize)
     theirs = sum(sum(nll) for nll in bench.llama_cpp(dict(model=str(tmp_path / "m.gguf"), score=rows))["nll"])
     with torch.no_grad():
