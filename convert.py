@@ -33,10 +33,6 @@ from config import Problem, run
 
 # -- files: tensors by name, mapped from the disk ------------------------------------------------------------
 
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-
-
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or PyTorch file. Nothing is read before its use, and no code is run."""
     try:
@@ -54,28 +50,14 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """8 bytes: length of a JSON header; the header: dtype, shape and place of each tensor; then the bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        try:
-            header = json.loads(f.read(length) if length < size else b"")
-        except ValueError:
-            raise Problem(f"{path} is cut off or no safetensors file; fetch it again") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise Problem(f"{path} is cut off: {size} of {end} bytes; fetch it again")
-    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS:
-            raise Problem(f"{path}: {name} is of type {entry['dtype']}; fetch float16 or bfloat16 weights")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        dtype, piece = SAFETENSORS[entry["dtype"]], raw[begin:end]
-        piece = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
-        tensors[name] = piece.view(dtype).view(entry["shape"])
-    return tensors
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise Problem(f"{path} takes the library of its format: pip install safetensors") from None
+    try:
+        return safetensors.torch.load_file(path)  # mapped, too
+    except safetensors.SafetensorError as error:
+        raise Problem(f"{path} is cut off or no safetensors file ({error}); fetch it again") from None
 
 
 def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -261,8 +243,7 @@ def _meta(folder: Path) -> Source:
     expected = [folder / f"consolidated.{i:02d}.pth" for i in range(len(files))]
     absent = next((e.name for e in expected if e not in files), None)
     shards = [Weights([file]) for file in files]
-    if "tok_embeddings.weight" not in shards[0].home:
-        shards[0].account(["tok_embeddings.weight"], LEFTOVERS, files[0])
+    shards[0].account(["tok_embeddings.weight"], re.compile(""), files[0])
     heads = params["n_heads"]
     norm, wq, wk, w1 = (shards[0].shape(f"layers.0.{part}.weight") for part in
                         ("attention_norm", "attention.wq", "attention.wk", "feed_forward.w1"))
@@ -371,8 +352,7 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
          quantize: Optional[str] = None) -> tuple[nn.Module, Path, dict]:
     """Model, path of its tokenizer.model, and meta, as model.load returns them; from any of the layouts.
 
-    dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks.
-    """
+    dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks."""
     if any(Path(folder).glob(EVA)):
         return load_minigpt4(folder, dtype, device, quantize)
     source = open_folder(folder)
@@ -387,9 +367,8 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
     net.cos, net.sin = net.cos.to(device), net.sin.to(device)
     if source.layout != "ours" or quantize:
         kept = f"{quantize}; {reason}" if quantize else str(dtype)[6:]
-        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in "
-              f"{size(net) / 1e9:.2f} GB ({kept}), context {c.max_seq_len}, "
-              f"template {source.meta['template']}")
+        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in {size(net) / 1e9:.2f} GB "
+              f"({kept}), context {c.max_seq_len}, template {source.meta['template']}")
     return net.eval(), source.tokenizer, {**source.meta, "config": asdict(c)}
 
 
@@ -417,14 +396,13 @@ def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str
 
 def load_llama(folder, **options) -> tuple[model.LLaMA, data.Tokenizer]:
     """The same, in two words."""
-    net, tokenizer, _ = load(folder, **options)
-    return net, data.Tokenizer(tokenizer)
+    net, path, _ = load(folder, **options)
+    return net, data.Tokenizer(path)
 
 
 def size(net: nn.Module) -> int:
     """Bytes of everything that a forward pass reads."""
-    tensors = {t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}
-    return sum(tensors.values())
+    return sum({t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}.values())
 
 
 # -- MiniGPT-4: EVA's file, BLIP-2's, and its own ------------------------------------------------------------

@@ -225,7 +225,7 @@ LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {  # what happened: (layout, what is done to the folder, words of the message)
     "cut off": ("bin", lambda d: cut(d / "pytorch_model.bin"), "pytorch_model.bin cut off fetch"),
     "cut off safetensors": ("safe", lambda d: cut(d / "model.safetensors"),
-        "model.safetensors cut off bytes fetch"),
+        "model.safetensors cut off fetch"),
     "cut off in the header": ("safe", lambda d: cut(d / "model.safetensors", 0.001),
         "model.safetensors cut off fetch"),
     "empty": ("safe", lambda d: (d / "model.safetensors").write_bytes(b""),
@@ -459,6 +459,23 @@ def test_kernel_is_chosen_and_the_choice_is_said(monkeypatch):
         monkeypatch.setattr(convert, "dequantize", lambda blocks, dtype: torch.ones(64, 64))
         fast, why = convert.choose_kernel()
         assert not fast and "wrong on this machine" in why
+
+
+def test_what_fewer_bits_cost_and_give(tmp_path, capsys):
+    """On any text; fp32 is compared with itself, and its perplexity is the loss of model.py."""
+    held = tmp_path / "held.txt"
+    held.write_text("I am a small language model. There is a red square on the left.\n" * 20)
+    figures = bench.quality(bench.QualityConfig(str(MICRO), str(held), rows=1))
+    net, path, _ = model.load(MICRO)
+    tokens, labels, _ = convert.rows_of(held, "plain", data.Tokenizer(path), 512).batch(0, 1)
+    with torch.no_grad():
+        total, count = net.nll(tokens, labels)
+    assert math.isclose(figures["fp32"]["perplexity"], math.exp(total / count), rel_tol=1e-4)
+    assert figures["fp32"]["kl"] == 0 and figures["fp32"]["same_top"] == 1
+    assert 0 < figures["q8"]["kl"] < figures["q4"]["kl"] and figures["q8"]["bytes"] > figures["q4"]["bytes"]
+    raced = bench.speed(bench.SpeedConfig(str(MICRO), tokens=2, rounds=1))
+    assert {"ours, fp32", "ours, bf16", "ours, q8", "ours, q4"} <= set(raced)
+    assert "tokens/s" in capsys.readouterr().out
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------
