@@ -5,10 +5,10 @@
     python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000   # your file
     python bench.py --only=step --preset=7B --vocab_size=32000 --seq_len=2048 --rows=1 --checkpointing
     python bench.py quality --ckpt=out/vicuna         # what fewer bits cost: perplexity, KL, right answers
-    LLAMA_CPP=/tmp/llama python bench.py speed        # and what they give: tokens a second, beside others' code
+    LLAMA_CPP=/tmp/llama python bench.py speed        # and what they give: tokens a second, beside others'
 
-Every row of the ladder is a process of its own, so that its peak of memory is its own: the libraries' share, measured after
-a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
+Every row of the ladder is a process of its own, so that its peak of memory is its own: the libraries' share,
+measured after a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
 """
 
 import contextlib
@@ -314,7 +314,7 @@ def ladder(cfg: BenchConfig) -> list[dict]:
 def one_step(cfg: BenchConfig) -> dict:
     """A step of this shape on random rows: speed, and memory beside the estimator's."""
     c = cfg.shape
-    # glibc keeps freed tensors below 32 MB for later, in pieces; given back at once, the peak is what is in use
+    # glibc keeps freed tensors below 32 MB for later; given back at once, the peak is what is in use
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 ** 20))
     r = alone(Row("step", dtype=cfg.dtype, checkpointing=cfg.checkpointing, compile=cfg.compile), cfg)
     said = model.memory(c, 1, cfg.rows, cfg.seq_len, getattr(torch, r["dtype"]), cfg.checkpointing)["peak"]
@@ -424,14 +424,15 @@ PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
 
 
 def answered(item: toy.Item) -> data.Conversation:
-    turns = [*item.turns, ("assistant", item.question.full)]
-    return data.Conversation([data.Turn("user" if role == "user" else "assistant", text) for role, text in turns])
+    """With the right answer."""
+    turns = [data.Turn(role, text) for role, text in (*item.turns, ("assistant", item.question.full))]
+    return data.Conversation(turns)
 
 
 @torch.inference_mode()
 def quality(cfg: QualityConfig) -> dict:
-    """Perplexity, mean KL divergence from fp32, share of tokens with the same likeliest successor (the measures
-    llama.cpp reports for its formats), and right answers about the toy world."""
+    """Perplexity, mean KL divergence from fp32, share of tokens with the same likeliest successor (what llama.cpp
+    reports for its formats), and right answers about the toy world."""
     exact, path, meta = convert.load(cfg.ckpt)
     tokenizer, template, length = data.Tokenizer(path), meta["template"], min(512, exact.config.max_seq_len)
     items = [] if cfg.data else toy.test_set("scenes", cfg.questions)
@@ -538,9 +539,10 @@ def transformers_stream(ours: model.LLaMA, prompt: list[int]) -> Iterator[torch.
     """Their code on our weights, greedy: what its generate does, without that function's own overhead."""
     with torch.device("meta"):
         net = twin(ours.config)
-    names = {name: ("" if name == "output.weight" else "model.") + convert.their_name(name, 0)
-             for name in ours.state_dict()}  # their order of q's and k's rows is another: as fast, but not as right
-    net.load_state_dict({names[name]: w for name, w in ours.state_dict().items()}, assign=True)
+    # their order of q's and k's rows is another: what it says is nonsense, and takes as long
+    weights = {convert.their_name(name, 0): w for name, w in ours.state_dict().items()}
+    net.load_state_dict({name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()},
+                        assign=True)
     net.model.rotary_emb = type(net.model.rotary_emb)(net.config)
     tokens, cache = torch.tensor([prompt]), None
     while True:

@@ -367,8 +367,8 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
     net.cos, net.sin = net.cos.to(device), net.sin.to(device)
     if source.layout != "ours" or quantize:
         kept = f"{quantize}; {reason}" if quantize else str(dtype)[6:]
-        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in {size(net) / 1e9:.2f} GB "
-              f"({kept}), context {c.max_seq_len}, template {source.meta['template']}")
+        print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in "
+              f"{size(net) / 1e9:.2f} GB ({kept}), context {c.max_seq_len}, template {source.meta['template']}")
     return net.eval(), source.tokenizer, {**source.meta, "config": asdict(c)}
 
 
@@ -501,7 +501,7 @@ def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: 
 # -- eight and four bits: llama.cpp's blocks -----------------------------------------------------------------
 
 class BlockType(NamedTuple):
-    """32 weights of a row share a scale d, stored as float16 in front of their codes; or one weight is alone."""
+    """32 weights of a row share a scale d, a float16 in front of their codes; or a weight stands alone."""
     weights: int
     bytes: int
     id: int  # in GGUF
