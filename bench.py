@@ -4,13 +4,18 @@
     python bench.py --peer    # and transformers' Llama of the same shape, in the same run
     python bench.py --data=alpaca.json --tokenizer=tokenizer.model --vocab_size=32000   # your file
     python bench.py --only=step --preset=7B --vocab_size=32000 --seq_len=2048 --rows=1 --checkpointing
+    python bench.py quality --ckpt=out/vicuna         # what fewer bits cost: perplexity, KL, right answers
+    LLAMA_CPP=/tmp/llama python bench.py speed        # and what they give: tokens a second, beside others'
 
-Every row is a process of its own, so that its peak of memory is its own: the libraries' share, measured after
-a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
+Every row of the ladder is a process of its own, so that its peak of memory is its own: the libraries' share,
+measured after a tiny step, is subtracted. Times are of whole training steps: forward, backward, clipping, AdamW.
 """
 
 import contextlib
+import importlib.util
 import io
+import json
+import math
 import multiprocessing
 import os
 import queue
@@ -18,16 +23,18 @@ import random
 import resource
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional
+from typing import Callable, Iterator, Literal, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
+import convert
 import data
 import model
 import toy
@@ -307,7 +314,7 @@ def ladder(cfg: BenchConfig) -> list[dict]:
 def one_step(cfg: BenchConfig) -> dict:
     """A step of this shape on random rows: speed, and memory beside the estimator's."""
     c = cfg.shape
-    # glibc keeps freed tensors below 32 MB for later, in pieces; given back at once, the peak is what is in use
+    # glibc keeps freed tensors below 32 MB for later; given back at once, the peak is what is in use
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 ** 20))
     r = alone(Row("step", dtype=cfg.dtype, checkpointing=cfg.checkpointing, compile=cfg.compile), cfg)
     said = model.memory(c, 1, cfg.rows, cfg.seq_len, getattr(torch, r["dtype"]), cfg.checkpointing)["peak"]
@@ -402,6 +409,157 @@ def runner(net, work: list[Batch], machine: train_sft.Machine, compiled: bool):
     return run_one
 
 
+# -- fewer bits: what they cost ------------------------------------------------------------------------------
+
+@dataclass
+class QualityConfig:
+    ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
+    data: str = ""  # text or conversations held out; questions about unseen toy scenes when not given
+    questions: int = 200  # about the toy world, for the share of right answers
+    rows: int = 100  # rows of 512 tokens that are scored
+
+
+PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
+              "q8": (torch.float32, "q8"), "q4": (torch.float32, "q4")}
+
+
+def answered(item: toy.Item) -> data.Conversation:
+    """With the right answer."""
+    turns = [data.Turn(role, text) for role, text in (*item.turns, ("assistant", item.question.full))]
+    return data.Conversation(turns)
+
+
+@torch.inference_mode()
+def quality(cfg: QualityConfig) -> dict:
+    """Perplexity, mean KL divergence from fp32, share of tokens with the same likeliest successor (what llama.cpp
+    reports for its formats), and right answers about the toy world."""
+    exact, path, meta = convert.load(cfg.ckpt)
+    tokenizer, template, length = data.Tokenizer(path), meta["template"], min(512, exact.config.max_seq_len)
+    items = [] if cfg.data else toy.test_set("scenes", cfg.questions)
+    if cfg.data:
+        rows = convert.rows_of(cfg.data, template, tokenizer, length)
+    else:
+        rows = data.pack([data.render(answered(item), template, tokenizer) for item in items], length)
+    batches = [rows.batch(i, 1) for i in range(min(cfg.rows, len(rows)))]
+    figures = {}
+    print(f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + "   right" * bool(items))
+    for name, (dtype, quantize) in PRECISIONS.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            net = convert.load(cfg.ckpt, dtype, quantize=quantize)[0]
+        nats, kl, same, count = 0.0, 0.0, 0, 0
+        for tokens, labels, segments in batches:
+            wanted = labels[:, 1:] != data.IGNORE
+            if segments is not None:
+                wanted &= segments[:, 1:] == segments[:, :-1]
+            p, q = (n(tokens, segments=segments)[:, :-1][wanted].double().log_softmax(-1)  # (supervised, V)
+                    for n in (exact, net))
+            nats -= float(q.gather(1, tokens[:, 1:][wanted][:, None]).sum())
+            kl += float((p.exp() * (p - q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(p)
+        row = dict(bytes=convert.size(net), perplexity=math.exp(nats / count), kl=kl / count,
+                   same_top=same / count)
+        line = f"{name:6}{row['bytes'] / 1e6:>9.2f}{row['perplexity']:>12.4f}{row['kl']:>10.5f}"
+        line += f"{100 * row['same_top']:>9.2f}%"
+        if items:
+            replies = train_sft.model_player(net, tokenizer, template)(items)[0]
+            row["right"] = sum(toy.grade(i.question, r) == 1 for i, r in zip(items, replies)) / len(items)
+            line += f"{100 * row['right']:>7.1f}%"
+        print(line, flush=True)
+        figures[name] = row
+    return figures
+
+
+# -- fewer bits: what they give ------------------------------------------------------------------------------
+
+@dataclass
+class SpeedConfig:
+    ckpt: str = ""  # a folder; random weights in TinyLlama's shape (1.1 B: 11 GB of memory) when not given
+    tokens: int = 8  # written by each, in each round
+    rounds: int = 5  # in turn, so that a noisy machine is noisy for all
+
+
+TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632, norm_eps=1e-5)
+
+
+def speed(cfg: SpeedConfig) -> dict:
+    """Tokens a second for one reader: ours in each precision, and transformers and llama.cpp where installed
+    (LLAMA_CPP names the folder of npm's node-llama-cpp). Beside it, the bytes that this moves.
+
+    The prompt has 16 tokens; reading it does not count. Medians of rounds.
+    """
+    threads, prompt = torch.get_num_threads(), list(range(3, 19))
+    print(f"{threads} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    racers = {}  # name: (bytes read for a token: of the embedding, one row; a function: seconds per token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(cfg.ckpt or scratch)
+        if not cfg.ckpt:
+            net = model.LLaMA(model.LLaMAConfig(**TINYLLAMA)).bfloat16()
+            words = data.train_tokenizer(["Once upon a time."] * 9, 300, folder / "words.model")
+            model.save(folder, net, dict(step=0, template="plain"), words.path)
+        for name, (dtype, quantize) in PRECISIONS.items():
+            net = convert.load(folder, dtype, quantize=quantize)[0]
+            stream = net.generate([prompt], 1 + cfg.tokens * cfg.rounds, stop=())
+            moved = convert.size(net) - net.tok_embeddings.weight.nbytes
+            racers[f"ours, {name}"] = moved, pace(stream, cfg)
+            if importlib.util.find_spec("transformers") and not quantize:
+                racers[f"transformers, {name}"] = moved, pace(transformers_stream(net, prompt), cfg)
+        c = net.config
+        if "LLAMA_CPP" in os.environ:
+            file = Path(scratch) / "speed.gguf"
+            embedding = c.vocab_size * c.dim // 32 * convert.BLOCKS["Q8_0"].bytes
+            matrices = convert.write_gguf(folder, file, "q4") - embedding
+            job = dict(model=str(file), prompts=[prompt], max_tokens=1 + cfg.tokens, threads=threads)
+            racers["llama.cpp, q4"] = matrices, lambda: llama_cpp(job)["seconds"][0]
+        taken = {name: [] for name in racers}
+        for _ in range(cfg.rounds):
+            for name, (_, seconds) in racers.items():
+                taken[name].append(seconds())
+    figures = {}
+    for name, (moved, _) in racers.items():
+        rate = 1 / statistics.median(taken[name])
+        figures[name] = dict(bytes=moved, tokens_per_second=rate, bytes_per_second=moved * rate)
+        print(f"{name:<20}{moved / 1e9:>7.2f} GB{rate:>8.2f} tokens/s{moved * rate / 1e9:>8.1f} GB/s")
+    return figures
+
+
+def pace(stream: Iterator, cfg: SpeedConfig) -> Callable[[], float]:
+    """A function that takes the next tokens out of a stream, and returns the seconds that one took."""
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(cfg.tokens):
+            next(stream)
+        return (time.perf_counter() - start) / cfg.tokens
+    next(stream)  # reads the prompt
+    return seconds
+
+
+@torch.inference_mode()
+def transformers_stream(ours: model.LLaMA, prompt: list[int]) -> Iterator[torch.Tensor]:
+    """Their code on our weights, greedy: what its generate does, without that function's own overhead."""
+    with torch.device("meta"):
+        net = twin(ours.config)
+    # their order of q's and k's rows is another: what it says is nonsense, and takes as long
+    weights = {convert.their_name(name, 0): w for name, w in ours.state_dict().items()}
+    net.load_state_dict({name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()},
+                        assign=True)
+    net.model.rotary_emb = type(net.model.rotary_emb)(net.config)
+    tokens, cache = torch.tensor([prompt]), None
+    while True:
+        out = net(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        yield tokens
+
+
+def llama_cpp(job: dict) -> dict:
+    """What the real llama.cpp makes of a file; tests/llama_cpp.mjs describes the job."""
+    script = Path(__file__).parent / "tests" / "llama_cpp.mjs"
+    done = subprocess.run(["node", script], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        raise Problem(f"llama.cpp failed: {done.stderr.strip()[-200:] or done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main(cfg: BenchConfig) -> dict:
     figures = {}
     if cfg.only == "step":
@@ -414,4 +572,4 @@ def main(cfg: BenchConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, BenchConfig)
+    run(None, {"": (main, BenchConfig), "quality": (quality, QualityConfig), "speed": (speed, SpeedConfig)})

@@ -2,8 +2,6 @@
 
     python convert.py check FOLDER                      # is it read right? names the classic failures
     python convert.py gguf --ckpt=out/vicuna --type=q4  # a file for llama.cpp
-    python convert.py quality --ckpt=out/vicuna         # what q8 and q4 cost: perplexity, KL, right answers
-    python convert.py speed                             # tokens a second, random weights in TinyLlama's shape
 
 A FOLDER is one of ours, Meta's (params.json), Hugging Face's (config.json), or the four files of MiniGPT-4.
 The names that others gave to tensors are in this file and nowhere else. Files are mapped, not read: one
@@ -15,17 +13,12 @@ Letters in the shape comments: N rows (outputs), K columns (inputs) of a matrix,
 
 import json
 import math
-import os
 import pickle
 import re
 import struct
-import subprocess
-import tempfile
-import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Literal, NamedTuple, Optional
+from typing import Callable, Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -40,10 +33,6 @@ from config import Problem, run
 
 # -- files: tensors by name, mapped from the disk ------------------------------------------------------------
 
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-
-
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or PyTorch file. Nothing is read before its use, and no code is run."""
     try:
@@ -57,38 +46,24 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise Problem(f"{path} is a web page (a login or a quota notice?), not the weights; fetch it again")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    return _open_pickle(path, mappable=head.startswith(b"PK"))
+    return _open_pickle(path)
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """8 bytes: length of a JSON header; the header: dtype, shape and place of each tensor; then the bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        try:
-            header = json.loads(f.read(length) if length < size else b"")
-        except ValueError:
-            raise Problem(f"{path} is cut off or no safetensors file; fetch it again") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise Problem(f"{path} is cut off: {size} of {end} bytes; fetch it again")
-    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS:
-            raise Problem(f"{path}: {name} is of type {entry['dtype']}; fetch float16 or bfloat16 weights")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        dtype, piece = SAFETENSORS[entry["dtype"]], raw[begin:end]
-        piece = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
-        tensors[name] = piece.view(dtype).view(entry["shape"])
-    return tensors
-
-
-def _open_pickle(path: Path, mappable: bool) -> dict[str, torch.Tensor]:
-    """What torch.save wrote. Before 2020 it wrote plain pickles, which have to be read whole."""
     try:
-        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mappable)
+        import safetensors.torch
+    except ImportError:
+        raise Problem(f"{path} takes the library of its format: pip install safetensors") from None
+    try:
+        return safetensors.torch.load_file(path)  # mapped, too
+    except safetensors.SafetensorError as error:
+        raise Problem(f"{path} is cut off or no safetensors file ({error}); fetch it again") from None
+
+
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """What torch.save writes since 2020: a zip file, which can be mapped."""
+    try:
+        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if not wanted:
@@ -114,10 +89,9 @@ class File:
 
     def __init__(self, path: Path):
         self.path, self.tensors, self.read = path, open_tensors(path), 0
-        self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 24 and self.mapped:
+        if self.read > 2 ** 24:
             self.tensors, self.read = None, 0  # the old mapping goes first
             self.tensors = open_tensors(self.path)
         tensor = self.tensors[key]
@@ -269,8 +243,7 @@ def _meta(folder: Path) -> Source:
     expected = [folder / f"consolidated.{i:02d}.pth" for i in range(len(files))]
     absent = next((e.name for e in expected if e not in files), None)
     shards = [Weights([file]) for file in files]
-    if "tok_embeddings.weight" not in shards[0].home:
-        shards[0].account(["tok_embeddings.weight"], LEFTOVERS, files[0])
+    shards[0].account(["tok_embeddings.weight"], re.compile(""), files[0])
     heads = params["n_heads"]
     norm, wq, wk, w1 = (shards[0].shape(f"layers.0.{part}.weight") for part in
                         ("attention_norm", "attention.wq", "attention.wk", "feed_forward.w1"))
@@ -379,8 +352,7 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
          quantize: Optional[str] = None) -> tuple[nn.Module, Path, dict]:
     """Model, path of its tokenizer.model, and meta, as model.load returns them; from any of the layouts.
 
-    dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks.
-    """
+    dtype None: bfloat16 from 1 B parameters up. quantize "q8" or "q4": matrices in llama.cpp's blocks."""
     if any(Path(folder).glob(EVA)):
         return load_minigpt4(folder, dtype, device, quantize)
     source = open_folder(folder)
@@ -396,8 +368,7 @@ def load(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cp
     if source.layout != "ours" or quantize:
         kept = f"{quantize}; {reason}" if quantize else str(dtype)[6:]
         print(f"{folder}: {source.layout} layout, {count / 1e6:,.1f} M parameters in "
-              f"{size(net) / 1e9:.2f} GB ({kept}), context {c.max_seq_len}, "
-              f"template {source.meta['template']}")
+              f"{size(net) / 1e9:.2f} GB ({kept}), context {c.max_seq_len}, template {source.meta['template']}")
     return net.eval(), source.tokenizer, {**source.meta, "config": asdict(c)}
 
 
@@ -414,7 +385,7 @@ def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str
             raise Problem(f"{where}: {name} is {tuple(weight.shape)}, but this model needs "
                           f"{tuple(shapes[name])}; the files do not belong together")
         kind = block_type(name, weight.shape, quantize)
-        if kind in BLOCKS and name != "tok_embeddings.weight":
+        if kind.startswith("Q") and name != "tok_embeddings.weight":
             path, _, child = name.removesuffix(".weight").rpartition(".")
             layer = QuantLinear(quantize_rows(weight, kind), kind, fast)
             setattr(net.get_submodule(path), child, layer.to(device))
@@ -425,14 +396,13 @@ def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str
 
 def load_llama(folder, **options) -> tuple[model.LLaMA, data.Tokenizer]:
     """The same, in two words."""
-    net, tokenizer, _ = load(folder, **options)
-    return net, data.Tokenizer(tokenizer)
+    net, path, _ = load(folder, **options)
+    return net, data.Tokenizer(path)
 
 
 def size(net: nn.Module) -> int:
     """Bytes of everything that a forward pass reads."""
-    tensors = {t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}
-    return sum(tensors.values())
+    return sum({t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}.values())
 
 
 # -- MiniGPT-4: EVA's file, BLIP-2's, and its own ------------------------------------------------------------
@@ -531,14 +501,15 @@ def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: 
 # -- eight and four bits: llama.cpp's blocks -----------------------------------------------------------------
 
 class BlockType(NamedTuple):
-    """32 weights of a row share a scale d, stored as float16 in front of their codes."""
+    """32 weights of a row share a scale d, a float16 in front of their codes; or a weight stands alone."""
+    weights: int
+    bytes: int
     id: int  # in GGUF
-    bytes: int  # of a block
     file_type: int  # GGUF's number for a file made mostly of it
 
 
-BLOCKS = {"Q8_0": BlockType(8, 34, 7), "Q4_0": BlockType(2, 18, 2)}
-PLAIN = {"F32": BlockType(0, 4, 0), "F16": BlockType(1, 2, 1)}  # one weight each
+BLOCKS = {"F32": BlockType(1, 4, 0, 0), "F16": BlockType(1, 2, 1, 1),
+          "Q8_0": BlockType(32, 34, 8, 7), "Q4_0": BlockType(32, 18, 2, 2)}
 SLAB = 1024  # rows converted at a time: what is needed on the way stays small
 
 
@@ -601,24 +572,23 @@ class QuantLinear(nn.Module):
 
     def __init__(self, blocks: torch.Tensor, kind: str, fast: bool = False):
         super().__init__()
-        self.kind, self.rows, self.columns = kind, blocks.shape[0], blocks.shape[1] * 32
-        self.register_buffer("blocks", None if fast else blocks, persistent=False)
-        self.parts = 0
+        self.kind, self.rows, self.columns, self.fast = kind, blocks.shape[0], blocks.shape[1] * 32, fast
         if not fast:
+            self.register_buffer("blocks", blocks, persistent=False)
             return
-        for slabs in zip(*map(pack, blocks.split(SLAB))):
+        for part, slabs in enumerate(zip(*map(pack, blocks.split(SLAB)))):
             codes, scales = zip(*slabs)
-            self.register_buffer(f"codes{self.parts}", torch.cat(codes), persistent=False)
-            self.register_buffer(f"scales{self.parts}", torch.cat(scales, dim=1), persistent=False)
-            self.parts += 1
+            self.register_buffer(f"codes{part}", torch.cat(codes), persistent=False)
+            self.register_buffer(f"scales{part}", torch.cat(scales, dim=1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.parts:
+        if not self.fast:
             return F.linear(x, dequantize(self.blocks, x.dtype))
         flat = x.reshape(-1, self.columns).bfloat16()
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = sum(multiply(flat, getattr(self, f"codes{part}"), 32, getattr(self, f"scales{part}"))
-                for part in range(self.parts))
+        y = multiply(flat, self.codes0, 32, self.scales0)
+        if self.kind == "Q8_0":
+            y += multiply(flat, self.codes1, 32, self.scales1)
         return y[:, :self.rows].reshape(*x.shape[:-1], self.rows).to(x.dtype)
 
 
@@ -638,19 +608,18 @@ def pack(blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def choose_kernel(device: str = "cpu") -> tuple[bool, str]:
     """Whether torch's int4 kernel is there and right on this machine, by trying, and a line that says so."""
-    if not str(device).startswith("cpu") or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return False, "blocks unpacked for every use: torch's int4 kernel needs a CPU and torch 2.6 or newer"
-    random = torch.Generator().manual_seed(0)
+    random, why = torch.Generator().manual_seed(0), "is for CPUs"
     blocks = quantize_rows(torch.randn(64, 64, generator=random), "Q4_0")
     x = torch.randn(1, 64, generator=random)
-    try:
-        fast, readable = (QuantLinear(blocks, "Q4_0", fast)(x) for fast in (True, False))
-    except RuntimeError as error:  # torch was built without it
-        why = str(error).splitlines()[0]
-        return False, f"blocks unpacked for every use: torch's int4 kernel fails ({why})"
-    if (fast - readable).norm() > 0.02 * readable.norm():
-        return False, "blocks unpacked for every use: torch's int4 kernel is wrong on this machine"
-    return True, "multiplied by torch's int4 kernel"
+    if str(device).startswith("cpu"):
+        try:
+            fast, readable = (QuantLinear(blocks, "Q4_0", fast)(x) for fast in (True, False))
+            if (fast - readable).norm() < 0.02 * readable.norm():
+                return True, "multiplied by torch's int4 kernel"
+            why = "is wrong on this machine"
+        except (AttributeError, RuntimeError) as error:  # torch is older than 2.6, or was built without it
+            why = f"fails ({str(error).splitlines()[0]})"
+    return False, f"blocks unpacked for every use: torch's int4 kernel {why}"
 
 
 # -- GGUF: for llama.cpp -------------------------------------------------------------------------------------
@@ -698,7 +667,7 @@ def header(source: Source, name: str, quantize: Optional[str]) -> dict:
     padding = range(c.vocab_size - len(pieces))  # rows without a piece, such as Vicuna v0's
     keys = {
         "general.architecture": "llama", "general.name": name,
-        "general.file_type": {**BLOCKS, **PLAIN}[block_type("", (1, 32), quantize)].file_type,
+        "general.file_type": BLOCKS[block_type("", (1, 32), quantize)].file_type,
         "llama.vocab_size": c.vocab_size, "llama.context_length": c.max_seq_len,
         "llama.embedding_length": c.dim,
         "llama.block_count": c.n_layers, "llama.feed_forward_length": c.hidden_dim,
@@ -733,14 +702,14 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
     if source.config.tied:
         del shapes["output.weight"]  # its absence says so
     keys = header(source, Path(folder).resolve().name, quantize)
-    table, offset, kinds = b"", 0, {}
+    kinds = {name: block_type(name, shape, quantize) for name, shape in shapes.items()}
+    table, offset = b"", 0
     for name, shape in shapes.items():
-        kind = kinds[name] = block_type(name, shape, quantize)
-        one = {**BLOCKS, **PLAIN}[kind]
+        one = BLOCKS[kinds[name]]
         table += _string(their_name(name, 1)) + struct.pack("<I", len(shape))
         table += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", one.id, offset)
-        bytes_ = math.prod(shape) * one.bytes // (32 if kind in BLOCKS else 1)
-        offset += bytes_ + -bytes_ % 32
+        offset += math.prod(shape) // one.weights * one.bytes
+        offset += -offset % 32
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as f:
@@ -749,11 +718,9 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
         f.write(b"\0" * (-f.tell() % 32))
         for name, kind in tqdm(kinds.items(), desc=f"writing {path}", leave=False, disable=offset < 1e8):
             weight = source.fetch(name)
-            if kind in BLOCKS:
-                raw = quantize_rows(weight, kind)
-            else:
-                raw = weight.to(torch.float32 if kind == "F32" else torch.float16).contiguous()
-            f.write(raw.numpy().tobytes())
+            plain = dict(F32=torch.float32, F16=torch.float16)
+            raw = weight.to(plain[kind]) if kind in plain else quantize_rows(weight, kind)
+            f.write(raw.contiguous().numpy().tobytes())
             f.write(b"\0" * (-f.tell() % 32))
     partial.replace(path)
     return path.stat().st_size
@@ -789,20 +756,22 @@ def check(cfg: CheckConfig) -> dict:
     else:
         rows = data.windows(data.encode_text(ALICE, tokenizer), 256, tokenizer.bos)
     tokens, labels, segments = rows.batch(0, min(4, len(rows)))
-    turned = [(linear.weight, heads) for block in net.layers for linear, heads in
-              ((block.attention.wq, c.n_heads), (block.attention.wk, c.n_kv_heads))]
 
-    def loss(reorder: Callable = lambda weight, heads: weight) -> float:
-        kept = [weight.data for weight, _ in turned]
-        for weight, heads in turned:
-            weight.data = reorder(weight.data, heads)
+    def loss() -> float:
         total, count = net.nll(tokens, labels, segments=segments)
-        for (weight, _), old in zip(turned, kept):
-            weight.data = old
         return float(total / count)
 
+    def turn(reorder: Callable) -> None:
+        for attention in (block.attention for block in net.layers):
+            attention.wq.weight.data = reorder(attention.wq.weight.data, c.n_heads)
+            attention.wk.weight.data = reorder(attention.wk.weight.data, c.n_kv_heads)
+
     read, guess = loss(), math.log(c.vocab_size)
-    other = min(loss(interleave), loss(deinterleave))
+    turn(interleave)
+    other = loss()
+    turn(deinterleave)  # as it was
+    turn(deinterleave)
+    other = min(other, loss())
     print(f"{read:.2f} nats per token; guessing would be {guess:.2f}, q and k in another order {other:.2f}")
     if other < min(read - 0.2, 0.7 * guess):
         raise Problem(f"{cfg.ckpt}: with the rows of q and k in another order the loss is {other:.2f}, "
@@ -829,145 +798,5 @@ def gguf(cfg: GGUFConfig) -> dict:
     return dict(path=path, bytes=size_)
 
 
-@dataclass
-class QualityConfig:
-    ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
-    data: str = ""  # text or conversations held out; questions about unseen toy scenes when not given
-    questions: int = 200  # about the toy world, for the share of right answers
-    rows: int = 100  # rows of 512 tokens that are scored
-
-
-PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
-              "q8": (torch.float32, "q8"), "q4": (torch.float32, "q4")}
-
-
-@torch.inference_mode()
-def quality(cfg: QualityConfig) -> dict:
-    """What fewer bits cost: perplexity, mean KL divergence from fp32, share of tokens with the same likeliest
-    successor, and (toy world) right answers. The measures llama.cpp reports for its formats."""
-    exact, tokenizer, meta = load(cfg.ckpt)
-    tokenizer, template, items = data.Tokenizer(tokenizer), meta["template"], []
-    length = min(512, exact.config.max_seq_len)
-    if not cfg.data:
-        import toy
-        items = toy.test_set("scenes", cfg.questions)
-        asked = [data.Conversation([data.Turn("user" if role == "user" else "assistant", text)
-                                    for role, text in item.turns]) for item in items]
-        told = [data.Conversation([*c.turns, data.Turn("assistant", item.question.full)])
-                for c, item in zip(asked, items)]
-        rows = data.pack([data.render(c, template, tokenizer) for c in told], length)
-    else:
-        rows = rows_of(cfg.data, template, tokenizer, length)
-    batches = [rows.batch(i, 1) for i in range(min(cfg.rows, len(rows)))]
-    figures = {}
-    table = [f"{'':6}{'MB':>9}{'perplexity':>12}{'KL':>10}{'same top':>10}" + ("   right" if items else "")]
-    for name, (dtype, quantize) in PRECISIONS.items():
-        net = load(cfg.ckpt, dtype, quantize=quantize)[0]
-        nats, kl, same, count = 0.0, 0.0, 0, 0
-        for tokens, labels, segments in tqdm(batches, desc=name, leave=False):
-            wanted = labels[:, 1:] != data.IGNORE
-            if segments is not None:
-                wanted &= segments[:, 1:] == segments[:, :-1]
-            p, q = (n(tokens, segments=segments)[:, :-1][wanted].double().log_softmax(-1)  # (supervised, V)
-                    for n in (exact, net))
-            nats -= float(q.gather(1, tokens[:, 1:][wanted][:, None]).sum())
-            kl += float((p.exp() * (p - q)).sum())
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(p)
-        row = dict(bytes=size(net), perplexity=math.exp(nats / count), kl=kl / count, same_top=same / count)
-        line = f"{name:6}{row['bytes'] / 1e6:>9.2f}{row['perplexity']:>12.4f}{row['kl']:>10.5f}"
-        line += f"{100 * row['same_top']:>9.2f}%"
-        if items:
-            replies = data.chat(net, tokenizer, template, asked, max_new_tokens=64)[0]
-            row["right"] = sum(toy.grade(i.question, r) == 1 for i, r in zip(items, replies)) / len(items)
-            line += f"{100 * row['right']:>7.1f}%"
-        table.append(line)
-        figures[name] = row
-    print("\n".join(table))
-    return figures
-
-
-@dataclass
-class SpeedConfig:
-    ckpt: str = ""  # a folder; random weights in TinyLlama's shape (1.1 B) when not given
-    tokens: int = 32  # written by each
-
-
-TINYLLAMA = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632, norm_eps=1e-5)
-
-
-def speed(cfg: SpeedConfig) -> dict:
-    """Tokens a second for one reader, in turn: ours in each precision, and transformers and llama.cpp where
-    installed (LLAMA_CPP names the folder of npm's node-llama-cpp). Beside it, the bytes that this moves.
-    """
-    figures, prompt, n = {}, list(range(3, 19)), cfg.tokens + 1
-
-    def report(name: str, bytes_: int, seconds: float) -> None:
-        figures[name] = dict(bytes=bytes_, tokens_per_second=1 / seconds, bytes_per_second=bytes_ / seconds)
-        print(f"{name:<20}{bytes_ / 1e9:>7.2f} GB{1 / seconds:>8.2f} tokens/s"
-              f"{bytes_ / seconds / 1e9:>8.1f} GB/s")
-
-    threads = torch.get_num_threads()
-    print(f"{threads} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(cfg.ckpt or scratch)
-        if not cfg.ckpt:
-            net = model.LLaMA(model.LLaMAConfig(**TINYLLAMA)).bfloat16()
-            words = data.train_tokenizer(["Once upon a time."] * 9, 300, folder / "words.model")
-            model.save(folder, net, dict(step=0, template="plain"), words.path)
-        for name, (dtype, quantize) in PRECISIONS.items():
-            net = load(folder, dtype, quantize=quantize)[0]
-            matrices = size(net) - net.tok_embeddings.weight.nbytes  # of the embedding one row is read
-            report(f"ours, {name}", matrices, _seconds_a_token(net.generate([prompt], n, stop=())))
-        c, net = net.config, None
-        try:
-            import transformers
-        except ImportError:
-            print("transformers is not installed")
-        else:
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-                theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                    hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-                    num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim,
-                    vocab_size=c.vocab_size))
-                theirs, ids = theirs.to(dtype).eval(), torch.tensor([prompt])
-                write = lambda k: theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                                  min_new_tokens=k, max_new_tokens=k)
-                seconds = (_seconds(lambda: write(n)) - _seconds(lambda: write(1))) / cfg.tokens
-                matrices = size(theirs) - theirs.model.embed_tokens.weight.nbytes
-                report(f"transformers, {name}", matrices, seconds)
-            theirs = None
-        if "LLAMA_CPP" in os.environ:
-            file = Path(scratch) / "speed.gguf"
-            embedding = c.vocab_size * c.dim // 32 * BLOCKS["Q8_0"].bytes
-            matrices = write_gguf(folder, file, "q4") - embedding
-            job = dict(model=str(file), prompts=[prompt], max_tokens=n, threads=threads)
-            report("llama.cpp, q4", matrices, llama_cpp(job)["seconds"][0])
-    return figures
-
-
-def _seconds(work: Callable) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _seconds_a_token(stream: Iterator) -> float:
-    """From the first to the last; reading the prompt is not writing."""
-    next(stream)
-    start, n = time.perf_counter(), sum(1 for _ in stream)
-    return (time.perf_counter() - start) / n
-
-
-def llama_cpp(job: dict) -> dict:
-    """What the real llama.cpp makes of a file; tests/llama_cpp.mjs describes the job."""
-    script = Path(__file__).parent / "tests" / "llama_cpp.mjs"
-    done = subprocess.run(["node", script], input=json.dumps(job), capture_output=True, text=True)
-    if done.returncode:
-        raise Problem(f"llama.cpp failed: {done.stderr.strip()[-200:] or done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 if __name__ == "__main__":
-    run(None, {"check": (check, CheckConfig), "gguf": (gguf, GGUFConfig), "quality": (quality, QualityConfig),
-               "speed": (speed, SpeedConfig)})
+    run(None, {"check": (check, CheckConfig), "gguf": (gguf, GGUFConfig)})
