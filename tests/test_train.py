@@ -56,20 +56,37 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(data.Rows, "batch", batch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_bit_for_bit(files, base, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number, optimizer", [(signal.SIGINT, "adamw"), (signal.SIGTERM, "muon")])
+def test_an_interrupted_run_goes_on_bit_for_bit(files, base, tmp_path, monkeypatch, number, optimizer):
     """Ctrl-C, then the same command again, must give exactly the losses and weights of a run nobody interrupted."""
-    sft(files, base, tmp_path / "straight")
+    sft(files, base, tmp_path / "straight", optimizer=optimizer)
     with monkeypatch.context() as m:
         interrupt_at(m, 5, number)
         with pytest.raises(KeyboardInterrupt):
-            sft(files, base, tmp_path / "broken")
+            sft(files, base, tmp_path / "broken", optimizer=optimizer)
     _, _, meta = model.load(tmp_path / "broken" / "sharegpt")
     assert meta["step"] == 6 and not meta["finished"], "the step in progress is finished and saved"
-    sft(files, base, tmp_path / "broken")
+    sft(files, base, tmp_path / "broken", optimizer=optimizer)
     assert losses(tmp_path / "broken/sharegpt") == losses(tmp_path / "straight/sharegpt")
     one, two = (model.load(tmp_path / name / "sharegpt")[0].state_dict() for name in ("straight", "broken"))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_muon_moves_a_matrix_equally_in_all_directions(base):
+    """Whatever the gradient's singular values are, the step's lie around lr * sqrt(size); AdamW has the rest."""
+    assert torch.linalg.svdvals(train_sft.orthogonal(torch.randn(3, 40, 16)))[:, :12].sub(1).abs().max() < 0.4
+    net, _, _ = model.load(base)
+    cfg = train_sft.SFTConfig(steps=1, learning_rate=1e-3, optimizer="muon", weight_decay=0.0)
+    optimizer, before = train_sft.make_optimizer(net, cfg), {n: p.clone() for n, p in net.state_dict().items()}
+    skew = torch.logspace(0, -2, 128)[:, None]  # the first row pulls a hundred times as strongly as the last
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) * (skew if p.shape == (128, 128) else 1)
+    optimizer.step()
+    step = {n: p - before[n] for n, p in net.state_dict().items()}
+    rows = step["layers.0.attention.wq.weight"].norm(dim=1)
+    assert rows.max() < 3 * rows.min() and 0.6e-3 < rows.pow(2).mean().div(128).sqrt() < 1.4e-3
+    for name in ("tok_embeddings.weight", "output.weight", "norm.weight"):  # AdamW's first step is lr everywhere
+        assert torch.allclose(step[name].abs(), torch.tensor(1e-3), rtol=1e-2), name
 
 
 def test_a_second_run_neither_retrains_nor_overwrites(files, base, tmp_path, capsys):
