@@ -242,16 +242,16 @@ class LLaMA(nn.Module):
         for block in self.layers[1:]:
             q = block.attention.wq.weight.view(c.n_kv_heads, groups, c.head_dim, c.dim)
             block.attention.wk.weight.copy_(q[:, 0].flatten(0, 1))
-        turns = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)  # of each pair, in radians a token
-        near, around = turns > 0.1, (turns > 0.025) & (turns < 0.35)
+        turns = [c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2)]  # of each pair, radians a token
+        near, around = [turn > 0.1 for turn in turns], [0.025 < turn < 0.35 for turn in turns]
         first = self.layers[0].attention
         for matrix, heads in ((first.wq, c.n_heads), (first.wk, c.n_kv_heads)):
             rows = matrix.weight.view(heads, c.head_dim, c.dim)
             for h in range(heads):
                 pairs = around if h * c.n_kv_heads // heads % 2 else near
                 # The mean is 0.7 of a normalised embedding; the score of a token with itself rises by 5.
-                share = math.sqrt(5 * math.sqrt(c.head_dim) / max(1, int(pairs.sum()))) / (0.7 * c.dim)
-                rows[h, 0::2] += share * pairs[:, None]
+                share = math.sqrt(5 * math.sqrt(c.head_dim) / max(1, sum(pairs))) / (0.7 * c.dim)
+                rows[h, 0::2] += share * torch.tensor(pairs, device=rows.device)[:, None]
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

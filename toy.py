@@ -162,7 +162,7 @@ RGB = {"red": (215, 40, 40), "green": (45, 150, 60), "blue": (50, 80, 220), "yel
        "brown": (140, 85, 40), "cyan": (70, 210, 220)}
 CENTERS = {"top": (0.5, 0.17), "left": (0.17, 0.5), "middle": (0.5, 0.5), "right": (0.83, 0.5),
            "bottom": (0.5, 0.83)}  # x, y as shares of the side
-RADIUS = {"small": 0.1, "large": 0.165}
+RADIUS = {"small": 0.12, "large": 0.165}
 STAR = np.array([[np.sin(2 * np.pi * k / 5), -np.cos(2 * np.pi * k / 5)] for k in range(5)])  # where its tips point
 
 
