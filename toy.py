@@ -534,13 +534,14 @@ def document(rng: random.Random) -> str:
             f"Someone came in and said: my name is {name}. Good day, {name}! So {name} sat down and drank tea with us.",
             f"I met {name} on the road. {name} was tired. Go home, {name}, I said.",
             f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
-    # A scene in some phrasing, again in order, then what one may know of it. The kinds follow each other in a circle:
-    # the less a reader must guess, the more of what is learned is where to look.
+    # The same scene told three times, then what one may know of it, the kinds in a circle. What a reader cannot know
+    # is noise, and most of it is in the first telling: with one telling and four statements nothing but the shape of a
+    # color was found in 800 steps, with three and ten all but what is at a place in 300.
     scene = pick_scene(rng)
-    code = rng.random() < 0.25
-    lines = [tell(scene, rng), ask_scene("draw" if code else "describe", scene, rng).full]
+    again = ask_scene("draw" if rng.random() < 0.25 else "describe", scene, rng).full
+    lines = [tell(scene, rng), *rng.sample((tell(scene, rng), again), 2)]
     kind = rng.randrange(5)
-    while len(lines) < 6:
+    while len(lines) < 12:
         if q := ask_scene(("color", "size", "where", "shape", "at")[kind % 5], scene, rng):
             lines.append(q.full)
         kind += 1

@@ -695,7 +695,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain -------------------------------------------------------------------------------------------
 
-TOY = dict(documents=24000, instructions=14000, conversations=13000, base=600, alpaca=250, vicuna=1000, questions=100)
+TOY = dict(documents=24000, instructions=14000, conversations=13000, base=800, alpaca=250, vicuna=800, questions=100)
 FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)
 
 
