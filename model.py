@@ -221,37 +221,18 @@ class LLaMA(nn.Module):
         if self.config.tied:
             self.output.weight = self.tok_embeddings.weight
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
 
-        And with the two habits every look-up in the context is made of, which a small model would need thousands of
-        steps to find. First layer: each head looks at the last few tokens, one at about two, the next at about six.
-        Rotary attention can do that only through something that all tokens share, so the embeddings share a mean.
-        Later layers: keys begin equal to queries, so that a token looks at its equals (as in mimetic
-        initialization, 2305.09828).
+        The embeddings share a mean: rotary attention can only look at "the token before" through something that all
+        tokens have in common, and without it a toy model spends hundreds of steps to grow that first.
         """
-        c = self.config
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 std = 0.6 / math.sqrt(p.shape[-1])
                 into_residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, mean=std if name.startswith("tok_") else 0.0,
-                                std=std / math.sqrt(2 * c.n_layers) if into_residual else std)
-        groups = c.n_heads // c.n_kv_heads
-        for block in self.layers[1:]:
-            q = block.attention.wq.weight.view(c.n_kv_heads, groups, c.head_dim, c.dim)
-            block.attention.wk.weight.copy_(q[:, 0].flatten(0, 1))
-        turns = [c.rope_theta ** (-i / c.head_dim) for i in range(0, c.head_dim, 2)]  # of each pair, radians a token
-        near, around = [turn > 0.1 for turn in turns], [0.025 < turn < 0.35 for turn in turns]
-        first = self.layers[0].attention
-        for matrix, heads in ((first.wq, c.n_heads), (first.wk, c.n_kv_heads)):
-            rows = matrix.weight.view(heads, c.head_dim, c.dim)
-            for h in range(heads):
-                pairs = around if h * c.n_kv_heads // heads % 2 else near
-                # The mean is 0.7 of a normalised embedding; the score of a token with itself rises by 5.
-                share = math.sqrt(5 * math.sqrt(c.head_dim) / max(1, sum(pairs))) / (0.7 * c.dim)
-                rows[h, 0::2] += share * torch.tensor(pairs, device=rows.device)[:, None]
+                                std=std / math.sqrt(2 * self.config.n_layers) if into_residual else std)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -353,7 +353,6 @@ ASK = {
 }
 SCENE_KINDS = ("color", "shape", "size", "where", "at", "at", "count", "exists", "describe", "gone", "paint", "draw", "be",
                "story")
-LOOK_UPS = ("color", "size", "where", "at", "describe")  # learned slowly: conversations turn to them most often
 CATEGORY = dict(town="knowledge", job="knowledge", be="roleplay", bigger="common-sense", legs="fermi",
                 gone="counterfactual", paint="counterfactual", draw="coding", loop="coding", sum="math", story="writing",
                 who="identity", name="memory", it="memory", word="memory", first="memory")
@@ -447,9 +446,10 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
     if kind == "be":
         return q(f"Hello! I am the {thing(o)} and I live {at(o.place)}.", f"I am the {thing(o)}.",
                  {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "says": {"I am"}}, True, ref=ref)
-    friend = rng.choice(("bird", "cat", "child", "king"))
-    wish = rng.choice(("wanted to see the sea", "was never sad"))
-    end = rng.choice(("They were happy ever after.", "That was a good day."))
+    friend = rng.choice(("bird", "cat", "child", "cloud", "fish", "king", "dog", "tree"))
+    wish = rng.choice(("wanted to see the sea", "was never sad", "liked to sing", "dreamed of snow", "loved the rain"))
+    end = rng.choice(("They were happy ever after.", "And they danced all night.", "That was a good day.",
+                      "Then they went to sleep."))
     return q(f"Once there was a {thing(o)} that {wish}. One day it met a {friend}. {end}",
              f"A {thing(o)} met a {friend}.", {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "sentences": 3},
              True, ref=ref)
@@ -534,21 +534,19 @@ def document(rng: random.Random) -> str:
             f"Someone came in and said: my name is {name}. Good day, {name}! So {name} sat down and drank tea with us.",
             f"I met {name} on the road. {name} was tired. Go home, {name}, I said.",
             f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
-    # The same scene told three times, then what one may know of it, the kinds in a circle. What a reader cannot know
-    # is noise, and most of it is in the first telling: with one telling and four statements nothing but the shape of a
-    # color was found in 800 steps, with three and ten all but what is at a place in 300.
     scene = pick_scene(rng)
-    again = ask_scene("draw" if rng.random() < 0.25 else "describe", scene, rng).full
-    lines = [tell(scene, rng), *rng.sample((tell(scene, rng), again), 2)]
-    kind = rng.randrange(5)
-    while len(lines) < 12:
-        if q := ask_scene(("color", "size", "where", "shape", "at")[kind % 5], scene, rng):
-            lines.append(q.full)
-        kind += 1
-    if rng.random() < 0.5:  # what people say between two things, so that facts are known in any company
-        lines.insert(rng.randint(1, len(lines)), fact(rng.choice(PEOPLE), rng))
-    if rng.random() < 0.3 and (q := ask_scene(rng.choice(("count", "gone", "paint", "be", "story", "exists")), scene, rng)):
-        lines.append(aside(q, rng) if q.kind in ("gone", "paint") else q.full)
+    lines = [tell(scene, rng)]
+    while len(lines) < 7:
+        if rng.random() < 0.15:  # what people say between two things, so that facts are known in any company
+            lines.append(fact(rng.choice(PEOPLE), rng))
+        kind = rng.choice(("color", "size", "where", "shape", "at") * 2 + ("describe",) * 3 +
+                          (rng.choice(("count", "gone", "paint", "draw", "be", "story")),))
+        if q := ask_scene(kind, scene, rng):
+            o = rng.choice(scene)
+            if kind == "at":
+                lines.append(f"{cap(at(o.place))} there is a {thing(o)}.")
+            else:
+                lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
     return " ".join(lines)
 
 
@@ -602,13 +600,13 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
     """A conversation of some rounds with full answers, up to its last question."""
     new_words, new_forms = split == "names", split == "phrasings"
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
-    rounds = rounds or rng.randint(3, 6)
+    rounds = rounds or rng.randint(2, 5)
     turns, told, name, word, said, focus = [], "", None, None, [], None
     target = next((o for o in scene if (o.color, o.shape) in HELD_PAIRS), None) if split == "pairs" else None
     while True:
         final = len(turns) == 2 * (rounds - 1)
         kind = rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("who", "who", "intro", "word", "word", "it", "it", "it",
-                                                           "name", "name", "first") + (() if final else LOOK_UPS * 4))
+                                                           "name", "name", "first"))
         lead, q, later = "", None, False
         if kind == "intro" and not final:
             if name:
@@ -747,7 +745,7 @@ def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
             q = ask_other(rng.choice(("town", "job") if split == "facts" else ("bigger", "legs", "sum", "loop")), rng, split)
             items.append(Item([["user", q.text]], q, split, False))
             continue
-        rounds = {"more": rng.randint(8, 9), "later": rng.randint(2, 4)}.get(split, rng.choice((1, 1, 2, 3, 4)))
+        rounds = {"more": rng.randint(6, 8), "later": rng.randint(2, 4)}.get(split, rng.choice((1, 1, 2, 3, 4)))
         item = converse(rng, "scenes" if split == "later" else split, rounds)
         wanted = {"later": item.later, "names": item.question.kind in ("name", "word"), "more": item.question.needs_scene}
         if wanted.get(split, item.question.kind in SCENE_KINDS):

@@ -63,7 +63,7 @@ class SFTConfig:
     warmup: float = 0.1  # share of the steps
     min_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.1  # on matrices only
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon learns look-ups in half the steps (one process); toy chain: muon
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon, in one process: sees sooner (stage 0 of train_vlm.py)
     beta2: float = 0.99  # AdamW's second moment; the first is 0.9
     clip: float = 1.0  # largest gradient norm
     lora_rank: int = 0  # train adapters of this rank and leave the rest as it is; 0: train everything
@@ -260,10 +260,8 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
 
 class Muon(torch.optim.AdamW):
     """AdamW, but for the matrices inside the blocks: there the averaged gradient is replaced by the nearest matrix
-    whose singular values are all equal (Jordan et al. 2024). A direction in which few tokens pull, such as "which
-    color belongs to this shape", then moves as fast as one in which all do.
-
-    The step is scaled so that entries move by `lr` on average, as in AdamW's first steps.
+    whose singular values are all equal (Jordan et al. 2024). A direction in which few examples pull then moves as
+    fast as one in which all do. The step is scaled so that entries move by `lr` on average, as AdamW's first ones.
     """
 
     @torch.no_grad()
@@ -695,7 +693,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain -------------------------------------------------------------------------------------------
 
-TOY = dict(documents=24000, instructions=14000, conversations=13000, base=800, alpaca=250, vicuna=800, questions=100)
+TOY = dict(documents=24000, instructions=14000, conversations=12000, base=800, alpaca=250, vicuna=800, questions=100)
 FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)
 
 
@@ -827,7 +825,6 @@ def dialogues(play, seed: int = 5) -> None:
 def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     """LLaMA -> Alpaca -> Vicuna on the toy world, with the controls that could show the result to be empty."""
     sizes, out = FAST if cfg.fast else TOY, Path(cfg.out)
-    cfg = replace(cfg, optimizer="muon")  # AdamW is still guessing which color belongs to which shape after these steps
     paths = write_toy_data(out / "data", sizes, cfg.seed)
     shape = model.PRESETS[cfg.preset]
     stage = lambda name: replace(cfg, steps=cfg.steps or sizes[name])
