@@ -564,7 +564,7 @@ def toy_material(job: Job) -> Material:
     alt, pool = (load_album(out / "data" / name, Counter()) for name in ("alt", "curate"))
     truth = json.loads((out / "data" / "curate" / "scenes.json").read_text())
     scenes = [tuple(toy.Object(*o) for o in scene) for scene in truth]
-    return Material(alt, pool, mender(cfg.teacher or "oracle"), lambda i, text: exact(scenes[i], text), 20,
+    return Material(alt, pool, mender(cfg.teacher or "oracle"), lambda i, text: exact(scenes[i], text), 8,
                     lambda net, aligned: table(job, net, aligned, alt, sizes["questions"]))
 
 
