@@ -104,10 +104,9 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
     x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) when each row has positions of its own.
     """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2) each
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2): x[2i] + i x[2i+1]
+    turned = pairs * torch.complex(cos, sin).unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor] = None,

@@ -50,16 +50,18 @@ MODEL = [
 
     # the network
     ("rotary pairs of halves",
-     "x.float().unflatten(-1, (-1, 2)).unbind(-1)", "x.float().chunk(2, dim=-1)",
+     "x.float().unflatten(-1, (-1, 2)))", "x.float().unflatten(-1, (2, -1)).mT.contiguous())",
      "test_rope_turns_neighbours"),
     ("rotary layout of Hugging Face",
-     "even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2) each\n"
-     "    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)\n",
-     "even, odd = x.float().chunk(2, dim=-1)\n"
-     "    turned = torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1).unsqueeze(-1)\n",
+     "x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2): x[2i] + i x[2i+1]\n"
+     "    turned = pairs * torch.complex(cos, sin).unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads\n"
+     "    return torch.view_as_real(turned)",
+     "x.float().unflatten(-1, (2, -1)).mT.contiguous())\n"
+     "    turned = pairs * torch.complex(cos, sin).unsqueeze(-2)\n"
+     "    return torch.view_as_real(turned).mT",
      "test_equals_golden_values"),
     ("rotation the wrong way round",
-     "even * cos - odd * sin, even * sin + odd * cos", "even * cos + odd * sin, odd * cos - even * sin",
+     "torch.complex(cos, sin)", "torch.complex(cos, -sin)",
      "test_rope_turns_neighbours"),
     ("positions multiplied by the scaling",
      ".float() / scaling", ".float() * scaling",
