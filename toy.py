@@ -30,7 +30,7 @@ from config import run
 SIZES = ("small", "large")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "brown", "cyan")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
-PLACES = ("top", "left", "middle", "right", "bottom")
+PLACES = ("top", "left", "center", "right", "bottom")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 HELD_PAIRS = {(color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS)}  # 10 of the 80
 
@@ -54,7 +54,7 @@ class Object(NamedTuple):
     place: str
 
 
-Scene = tuple  # of Objects, in the order of PLACES
+Scene = tuple  # of Objects, in the order in which they are told
 
 
 def make_names(n: int, skip: int = 0) -> list[str]:
@@ -76,7 +76,7 @@ def pick_scene(rng: random.Random, split: str = "train", n: Optional[int] = None
     assert n is None or (n > 2) == (split == "more"), "one or two objects; three in the split \"more\""
     while True:
         count = n or (3 if split == "more" else rng.choice((1, 2, 2, 2)))
-        places = sorted(rng.sample(range(len(PLACES)), count))
+        places = rng.sample(range(len(PLACES)), count)
         scene = tuple(Object(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES), PLACES[p]) for p in places)
         if split == "pairs" and not any((o.color, o.shape) in HELD_PAIRS for o in scene):
             o = rng.choice(scene)
@@ -91,17 +91,22 @@ def where_belongs(scene: Scene) -> str:
         return "pairs"
     if len(scene) > 2:
         return "more"
-    return "scenes" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
+    return "scenes" if zlib.crc32(repr(sorted(scene)).encode()) % 5 == 0 else "train"  # in whatever order it is told
 
 
 # -- scenes in words -----------------------------------------------------------------------------------------
 
 def at(place: str) -> str:
-    return {"middle": "in the ", "left": "on the ", "right": "on the "}.get(place, "at the ") + place
+    return "at " + place  # as newspapers write under photos; the fewer words between a thing and its place, the better
 
 
 def thing(o: Object) -> str:
     return f"{o.size} {o.color} {o.shape}"
+
+
+def noun_first(o: Object) -> str:
+    """What is asked for comes after what it is asked of: a small model looks up a color by the shape it has just said."""
+    return f"{o.shape}, {o.size} and {o.color}"
 
 
 def join(parts: list[str], word: str = "and") -> str:
@@ -131,18 +136,22 @@ STATEMENTS = (  # how one object may be put; a scene uses one form throughout, o
 )
 
 
+def symbols(scene: Scene, rng: random.Random) -> str:
+    """Words without grammar, in any order but the same for all objects."""
+    order = rng.sample(range(4), 4)
+    return " ; ".join(" ".join(o[k] for k in order) for o in scene)
+
+
 def tell(scene: Scene, rng: random.Random) -> str:
-    """The scene in words: one of many orders and phrasings."""
-    objects = rng.sample(scene, len(scene))
+    """The scene in words: one of many phrasings."""
     style = rng.random()
     if style < 0.65:
         opening = rng.choice(("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is "))
-        return opening + join([f"a {thing(o)} {at(o.place)}" for o in objects]) + "."
-    if style < 0.7:  # bare symbols, in any order but the same for all objects
-        order = rng.sample(range(4), 4)
-        return " ; ".join(" ".join(o[k] for k in order) for o in objects) + " ."
+        return opening + join([f"a {thing(o)} {at(o.place)}" for o in scene]) + "."
+    if style < 0.7:
+        return symbols(scene, rng) + " ."
     form = rng.choice(STATEMENTS)
-    return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in objects)
+    return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in scene)
 
 
 def refer(o: Object, scene: Scene) -> Optional[str]:
@@ -160,7 +169,7 @@ def refer(o: Object, scene: Scene) -> Optional[str]:
 RGB = {"red": (215, 40, 40), "green": (45, 150, 60), "blue": (50, 80, 220), "yellow": (245, 220, 50),
        "purple": (130, 45, 175), "orange": (245, 135, 25), "pink": (250, 160, 195), "white": (245, 245, 245),
        "brown": (140, 85, 40), "cyan": (70, 210, 220)}
-CENTERS = {"top": (0.5, 0.17), "left": (0.17, 0.5), "middle": (0.5, 0.5), "right": (0.83, 0.5),
+CENTERS = {"top": (0.5, 0.17), "left": (0.17, 0.5), "center": (0.5, 0.5), "right": (0.83, 0.5),
            "bottom": (0.5, 0.83)}  # x, y as shares of the side
 RADIUS = {"small": 0.12, "large": 0.165}
 STAR = np.array([[np.sin(2 * np.pi * k / 5), -np.cos(2 * np.pi * k / 5)] for k in range(5)])  # where its tips point
@@ -226,16 +235,17 @@ def alt_text(scene: Scene, rng: random.Random) -> str:
     return rng.choice(("{}", "{}", "{}", "{}", "photo of {}", "{} picture", "{} free download", "image: {}")).format(text)
 
 
-_LOOSE = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\W* (?:(?:at|in|on) the )?"
+_LOOSE = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\W* (?:at )?"
                     rf"({'|'.join(PLACES)})\b")
 
 
 def mend(text: str) -> str:
     """What a repairer makes of a description without seeing the picture: objects that are told completely, each once,
     in one good sentence; what breaks off or says nothing is left out. "INCOMPLETE" when nothing remains."""
-    objects = {found[3]: Object(*found) for found in reversed(_LOOSE.findall(" ".join(text.lower().split())))}
-    objects = sorted(objects.values(), key=lambda o: PLACES.index(o.place))
-    return f"There is {caption(tuple(objects))}." if objects else "INCOMPLETE"
+    objects: dict = {}
+    for words in _LOOSE.findall(" ".join(text.lower().split())):
+        objects.setdefault(words[3], Object(*words))
+    return f"There is {caption(tuple(objects.values()))}." if objects else "INCOMPLETE"
 
 
 def write_album(folder, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
@@ -351,7 +361,7 @@ ASK = {
              "Say my name.", "What did I say my name was?", "Can you recall my name?",
              "Which name did I give you?", "Say how I am called."),
 }
-SCENE_KINDS = ("color", "shape", "size", "where", "at", "at", "count", "exists", "describe", "gone", "paint", "draw", "be",
+SCENE_KINDS = ("color", "shape", "size", "where", "at", "count", "exists", "describe", "gone", "paint", "draw", "be",
                "story")
 CATEGORY = dict(town="knowledge", job="knowledge", be="roleplay", bigger="common-sense", legs="fermi",
                 gone="counterfactual", paint="counterfactual", draw="coding", loop="coding", sum="math", story="writing",
@@ -390,7 +400,7 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
         return None
     if kind in ("color", "size", "where") and about is None and rng.random() < 0.12:  # something that is not there
         absent = rng.choice([s for s in SHAPES if s not in {x.shape for x in scene}])
-        return q(f"There is no {absent}.", "None.", {"yesno": {"no"}}, ref=absent)
+        return q(f"The {absent} is not there.", "None.", {"yesno": {"no"}}, ref=absent)
     if kind == "color":
         return q(f"The {ref} is {o.color}.", cap(o.color) + ".", {"color": {o.color}}, ref=ref) if o.color not in ref else None
     if kind == "shape":
@@ -407,50 +417,46 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
         free = [p for p in PLACES if p not in {x.place for x in scene}]
         if about is None and rng.random() < 0.25:
             p = rng.choice(free)
-            return q(f"There is nothing {at(p)}.", "Nothing.", {"yesno": {"no"}}, at=at(p), At=cap(at(p)))
-        return q(f"There is a {thing(o)} {at(o.place)}.", f"A {thing(o)}.",
+            return q(f"{cap(at(p))} is nothing.", "Nothing.", {"yesno": {"no"}}, at=at(p), At=cap(at(p)))
+        return q(f"{cap(at(o.place))} is a {noun_first(o)}.", f"A {thing(o)}.",
                  {"size": {o.size}, "color": {o.color}, "shape": {o.shape}}, at=at(o.place), At=cap(at(o.place)))
     if kind == "count":
         n = len(scene)
         return q(f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} thing{'s' * (n > 1)} in the scene.",
                  cap(NUMBERS[n]) + ".", {"number": {str(n)}})
     if kind == "exists":
-        if about or rng.random() < 0.5:
-            if sum((x.color, x.shape) == (o.color, o.shape) for x in scene) > 1:
+        color, shape, truth = o.color, o.shape, "yes"
+        if not about and rng.random() < 0.5:  # most often a color and a shape that are there, put together wrong
+            color = rng.choice([x.color for x in scene] if rng.random() < 0.7 else COLORS)
+            shape, truth = o.shape if rng.random() < 0.7 else rng.choice(SHAPES), "no"
+            if (color, shape) in HELD_PAIRS or any((x.color, x.shape) == (color, shape) for x in scene):
                 return None
-            return q(f"Yes, there is {an(o.color)} {o.shape} {at(o.place)}.", "Yes.", {"yesno": {"yes"}},
-                     color=an(o.color), Color=cap(an(o.color)), shape=o.shape)
-        mix = [(a.color, b.shape) for a in scene for b in scene]  # colours and shapes that are there, put together wrong
-        mix = mix if rng.random() < 0.7 else [(c, s) for c in COLORS for s in SHAPES]
-        mix = [m for m in mix if m not in {(x.color, x.shape) for x in scene} and m not in HELD_PAIRS]
-        if not mix:
-            return None
-        color, shape = rng.choice(mix)
-        return q(f"No, there is no {color} {shape}.", "No.", {"yesno": {"no"}}, color=an(color),
-                 Color=cap(an(color)), shape=shape)
+        colors = list(dict.fromkeys(x.color for x in scene if x.shape == shape))
+        why = (f"The {shape} is {colors[0] if colors else 'not there'}" if len(colors) < 2 else
+               f"One {shape} is " + " and one is ".join(colors))
+        return q(f"{why}, so {truth}.", cap(truth) + ".", {"yesno": {truth}}, color=an(color), Color=cap(an(color)), shape=shape)
     if kind == "describe":
         return q(f"There is {caption(scene)}.", f"{cap(caption(scene))}.", {"objects": set(scene)})
     if kind == "gone":
         rest = tuple(x for x in scene if x is not o)
-        text = caption(rest) if rest else "nothing"
-        return q(f"Without the {ref}, {text} would remain.", cap(text) + ".",
+        text = join([f"a {noun_first(x)}, {at(x.place)}" for x in rest]) if rest else "nothing"
+        return q(f"Without the {ref} there is {text}.", cap(caption(rest) if rest else text) + ".",
                  {"objects": set(rest), **({} if rest else {"yesno": {"no"}})}, ref=ref)
     if kind == "paint":
         new_color = rng.choice([c for c in COLORS if c != o.color and (c, o.shape) not in HELD_PAIRS])
         painted = o._replace(color=new_color)
-        return q(f"Then a {thing(painted)} would be {at(o.place)}.", f"A {thing(painted)}.",
+        return q(f"{cap(at(o.place))} would be a {noun_first(painted)}.", f"A {thing(painted)}.",
                  {"size": {o.size}, "color": {new_color}, "shape": {o.shape}}, ref=ref, new=new_color, at=at(o.place))
     if kind == "draw":
         code = " ".join(f'draw("{thing(x)}", "{x.place}")' for x in scene)
         return q(code, code, {"code": set(re.findall(r'draw\("[^"]*", "[^"]*"\)', code))})
     if kind == "be":
-        return q(f"Hello! I am the {thing(o)} and I live {at(o.place)}.", f"I am the {thing(o)}.",
+        return q(f"Hello! I am the {noun_first(o)}, and I live {at(o.place)}.", f"I am the {thing(o)}.",
                  {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "says": {"I am"}}, True, ref=ref)
-    friend = rng.choice(("bird", "cat", "child", "cloud", "fish", "king", "dog", "tree"))
-    wish = rng.choice(("wanted to see the sea", "was never sad", "liked to sing", "dreamed of snow", "loved the rain"))
-    end = rng.choice(("They were happy ever after.", "And they danced all night.", "That was a good day.",
-                      "Then they went to sleep."))
-    return q(f"Once there was a {thing(o)} that {wish}. One day it met a {friend}. {end}",
+    friend = ("bird", "cat", "child", "cloud", "fish", "king", "dog", "tree")[SHAPES.index(o.shape)]
+    wish = ("wanted to see the sea", "was never sad", "liked to sing", "dreamed of snow", "loved the rain")[COLORS.index(o.color) // 2]
+    end = ("They were happy ever after.", "And they danced all night.")[SIZES.index(o.size)]
+    return q(f"Once there was a {noun_first(o)}, that {wish}. One day it met a {friend}. {end}",
              f"A {thing(o)} met a {friend}.", {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "sentences": 3},
              True, ref=ref)
 
@@ -505,9 +511,9 @@ OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
 def document(rng: random.Random) -> str:
     """A paragraph of plain text, for pre-training. No questions, no roles."""
     style = rng.random()
-    if style < 0.15:
+    if style < 0.14:
         return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 5)))
-    if style < 0.26:
+    if style < 0.20:
         lines = []
         while len(lines) < 4:
             a, b = sorted(rng.sample(range(len(ANIMALS)), 2))
@@ -516,7 +522,7 @@ def document(rng: random.Random) -> str:
                 lines.append(rng.choice((f"{cap(an(big))} is bigger than {an(small)}.", f"{cap(an(small))} is smaller than {an(big)}.",
                                          f"{cap(an(big))} is larger than {an(small)}.", f"Next to {an(big)}, {an(small)} is small.")))
         return " ".join(lines)
-    if style < 0.34:
+    if style < 0.26:
         lines = []
         while len(lines) < 5:
             a, b, what, n = rng.randint(0, 12), rng.randint(0, 12), rng.choice(sorted(LEGS)), rng.randint(2, 6)
@@ -528,26 +534,30 @@ def document(rng: random.Random) -> str:
             elif not held_out(what, n):
                 lines.append(rng.choice((f"{n} {what}s have {n * each} {part}.", f"There are {n * each} {part} on {n} {what}s.")))
         return " ".join(lines)
-    if style < 0.37:
+    if style < 0.28:
         name, word, n = rng.choice(USERS), rng.choice(WORDS), rng.randint(2, 9)
         return rng.choice((
             f"Someone came in and said: my name is {name}. Good day, {name}! So {name} sat down and drank tea with us.",
             f"I met {name} on the road. {name} was tired. Go home, {name}, I said.",
             f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
-    scene = pick_scene(rng)
-    lines = [tell(scene, rng)]
-    while len(lines) < 7:
-        if rng.random() < 0.15:  # what people say between two things, so that facts are known in any company
-            lines.append(fact(rng.choice(PEOPLE), rng))
-        kind = rng.choice(("color", "size", "where", "shape", "at") * 2 + ("describe",) * 3 +
-                          (rng.choice(("count", "gone", "paint", "draw", "be", "story")),))
-        if q := ask_scene(kind, scene, rng):
-            o = rng.choice(scene)
-            if kind == "at":
-                lines.append(f"{cap(at(o.place))} there is a {thing(o)}.")
-            else:
-                lines.append(q.full if kind not in ("gone", "paint") else aside(q, rng))
-    return " ".join(lines)
+    # Told three times, so that less of the text is left to chance and more of it can be looked up: what nobody could
+    # foresee drowns what a model should learn from the rest.
+    scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
+    lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
+    if rng.random() < 0.2:  # as on a web page
+        lines[0] = f"{rng.choice(('{}', '<Img>{}</Img>')).format(symbols(scene, rng))} {alt_text(scene, rng).lower()}\n"
+    turn = rng.randrange(5)
+    while len(lines) < 13:
+        kind, turn, o = ("color", "size", "where", "shape", "at")[turn % 5], turn + 1, rng.choice(scene)
+        if kind == "at":
+            lines.append(f"{cap(at(o.place))} is a {thing(o)}.")
+        elif q := ask_scene(kind, scene, rng, about=o):
+            lines.append(q.full)
+    if rng.random() < 0.5:
+        while not (q := ask_scene(rng.choice(("count", "gone", "paint", "draw", "be", "story", "exists")), scene, rng)):
+            pass
+        lines.append(q.full if q.kind not in ("gone", "paint") else aside(q, rng))
+    return " ".join(lines).replace("\n ", "\n")
 
 
 def aside(q: Question, rng: random.Random) -> str:
@@ -605,8 +615,8 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
     target = next((o for o in scene if (o.color, o.shape) in HELD_PAIRS), None) if split == "pairs" else None
     while True:
         final = len(turns) == 2 * (rounds - 1)
-        kind = rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("who", "who", "intro", "word", "word", "it", "it", "it",
-                                                           "name", "name", "first"))
+        kind = rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("at", "where", "who", "intro", "word", "word", "it", "it", "it",
+                                                           "name", "name", "first", "first"))
         lead, q, later = "", None, False
         if kind == "intro" and not final:
             if name:
@@ -618,7 +628,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
         if kind == "name" and name:
             q = Question("name", "memory", phrase("name", rng, new_forms), f"Your name is {name}.", name, {"says": {name}})
             later = True
-        elif kind == "first" and said and len(said) < 4:
+        elif kind == "first" and said and len(said) < 4 and len(said[0]) < 60:
             q = Question("first", "memory", rng.choice(("What did I say first?", "What was the first thing I said?",
                                                         "Repeat my first message.")),
                          f"You said: {said[0]}", said[0], {"says": {said[0]}})
@@ -687,7 +697,8 @@ def conversation(rng: random.Random) -> dict:
 
 # -- the oracle ----------------------------------------------------------------------------------------------
 
-_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? (?:at|in|on) the ({'|'.join(PLACES)})")
+_OBJECT = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}),? at ({'|'.join(PLACES)})")
+_NOUN_FIRST = re.compile(rf"({'|'.join(SHAPES)}), ({'|'.join(SIZES)}) and ({'|'.join(COLORS)}), at ({'|'.join(PLACES)})")
 _LISTS = dict(color=COLORS, shape=SHAPES, size=SIZES, place=PLACES, town=TOWNS, job=JOBS)
 
 
@@ -701,7 +712,8 @@ def found(what: str, answer: str, truth: set = frozenset()) -> set:
     if what == "yesno":
         return {w for w, form in (("no", r"\b(no|none|nothing|not)\b"), ("yes", r"\byes\b")) if re.search(form, text)}
     if what == "objects":
-        return {Object(*m) for m in _OBJECT.findall(text)}
+        return {Object(*m) for m in _OBJECT.findall(text)} | {
+            Object(size, color, shape, place) for shape, size, color, place in _NOUN_FIRST.findall(text)}
     if what == "code":
         return set(re.findall(r'draw\("[^"]*", "[^"]*"\)|for i in range\(\d+\): print\("[^"]*"\)', text))
     if what == "first":  # the animal named first

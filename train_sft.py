@@ -63,7 +63,7 @@ class SFTConfig:
     warmup: float = 0.1  # share of the steps
     min_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.1  # on matrices only
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon, in one process: sees sooner (stage 0 of train_vlm.py)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon, in one process: finds look-ups sooner (the toy chain)
     beta2: float = 0.99  # AdamW's second moment; the first is 0.9
     clip: float = 1.0  # largest gradient norm
     lora_rank: int = 0  # train adapters of this rank and leave the rest as it is; 0: train everything
@@ -261,7 +261,8 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
 class Muon(torch.optim.AdamW):
     """AdamW, but for the matrices inside the blocks: there the averaged gradient is replaced by the nearest matrix
     whose singular values are all equal (Jordan et al. 2024). A direction in which few examples pull then moves as
-    fast as one in which all do. The step is scaled so that entries move by `lr` on average, as AdamW's first ones.
+    fast as one in which all do: look-ups, which few tokens teach, are found in a third of the steps. Entries move by
+    0.4 `lr` on average, AdamW's first ones by all of it; much faster, and noise drowns those few.
     """
 
     @torch.no_grad()
@@ -279,7 +280,7 @@ class Muon(torch.optim.AdamW):
                 even = orthogonal(torch.stack([p.grad + 0.95 * m for p, m in zip(matrices, momenta)]))
                 for p, e in zip(matrices, even):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(e, alpha=-group["lr"] * max(shape) ** 0.5)
+                    p.add_(e, alpha=-0.4 * group["lr"] * max(shape) ** 0.5)
                     p.grad = None  # AdamW passes over it
         return super().step(closure)
 
@@ -693,8 +694,8 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain -------------------------------------------------------------------------------------------
 
-TOY = dict(documents=24000, instructions=14000, conversations=12000, base=800, alpaca=250, vicuna=800, questions=100)
-FAST = dict(documents=20000, instructions=6000, conversations=3000, base=200, alpaca=80, vicuna=120, questions=30)
+TOY = dict(documents=16000, instructions=6000, conversations=12000, base=800, alpaca=100, vicuna=520, questions=100)
+FAST = dict(documents=6000, instructions=3000, conversations=5000, base=200, alpaca=60, vicuna=200, questions=50)
 
 
 def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
@@ -827,7 +828,7 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     sizes, out = FAST if cfg.fast else TOY, Path(cfg.out)
     paths = write_toy_data(out / "data", sizes, cfg.seed)
     shape = model.PRESETS[cfg.preset]
-    stage = lambda name: replace(cfg, steps=cfg.steps or sizes[name])
+    stage = lambda name: replace(cfg, steps=cfg.steps or sizes[name], optimizer="muon")
     tokenizer = toy_tokenizer(paths, cfg, machine)
     base = pretrain(stage("base"), "base", machine, paths["base"], tokenizer)
     alpaca = fine_tune(stage("alpaca"), "alpaca", machine, paths["alpaca"], str(out / "base"))
@@ -900,6 +901,9 @@ STARTED = time.time()
 
 
 def main(cfg: SFTConfig) -> dict:
+    if not cfg.data and cfg.dtype == "auto":
+        print("the toy world trains in float32: bfloat16 would save a seventh of the time, but finds look-ups later")
+        cfg = replace(cfg, dtype="float32")
     machine = choose_machine(cfg)
     print(describe(cfg))
     try:

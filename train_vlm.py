@@ -699,6 +699,8 @@ def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence, held: Sequence[
 
 
 def main(cfg: VLMConfig) -> dict:
+    if cfg.recipe == "toy" and not cfg.images and cfg.dtype == "auto":
+        cfg = replace(cfg, dtype="float32")  # as the toy language model
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
     print(describe(cfg))
     if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):

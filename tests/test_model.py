@@ -580,7 +580,7 @@ def test_mean_of_means_is_wrong():
     (a, n), (b, k) = (m.nll(tokens[i:i + 1], labels[i:i + 1]) for i in (0, 1))
     assert (int(n), int(k), int(total)) == (19, 2, 21)
     close((a + b) / (n + k), whole / total, "accumulated micro-batches must equal the whole batch", 1e-6)
-    assert abs(((a / n + b / k) / 2 - whole / total).item()) > 0.1, "here the two means happen to agree"
+    assert abs(((a / n + b / k) / 2 - whole / total).item()) > 0.05, "here the two means happen to agree"
 
 
 def test_checkpointing_changes_nothing():

@@ -84,7 +84,7 @@ def test_muon_moves_a_matrix_equally_in_all_directions(base):
     optimizer.step()
     step = {n: p - before[n] for n, p in net.state_dict().items()}
     rows = step["layers.0.attention.wq.weight"].norm(dim=1)
-    assert rows.max() < 3 * rows.min() and 0.6e-3 < rows.pow(2).mean().div(128).sqrt() < 1.4e-3
+    assert rows.max() < 3 * rows.min() and 0.3e-3 < rows.pow(2).mean().div(128).sqrt() < 0.7e-3
     for name in ("tok_embeddings.weight", "output.weight", "norm.weight"):  # AdamW's first step is lr everywhere
         assert torch.allclose(step[name].abs(), torch.tensor(1e-3), rtol=1e-2), name
 
@@ -261,6 +261,6 @@ def test_every_kind_has_twenty_ways_to_be_asked():
     for kind, forms in toy.ASK.items():
         assert len(set(forms)) == len(forms) >= 10
         rng = random.Random(0)
-        words = dict(ref="ring", color="red", Color="Red", shape="ring", at="in the middle", At="In the middle", new="blue",
+        words = dict(ref="ring", color="red", Color="Red", shape="ring", at="at center", At="At center", new="blue",
                      name="Mira", a="an ant", A="An ant", b="a cat", part="legs", n=3, things="cats", word="tea")
         assert len({toy.phrase(kind, rng, **words) for _ in range(400)}) >= 20, kind

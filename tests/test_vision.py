@@ -507,7 +507,7 @@ def test_script(tmp_path, monkeypatch, capsys):
 
 # -- toy pictures --------------------------------------------------------------------------------------------
 
-def one(size: str, color: str, shape: str, place: str = "middle") -> tuple:
+def one(size: str, color: str, shape: str, place: str = "center") -> tuple:
     return (toy.Object(size, color, shape, place),)
 
 

@@ -349,8 +349,8 @@ def test_a_rank_without_a_picture_does_not_hang(tmp_path):
 # -- curation ------------------------------------------------------------------------------------------------
 
 def test_mending_is_blind_and_adds_nothing():
-    assert toy.mend("photo of large red circle top and small blue st") == "There is a large red circle at the top."
-    assert toy.mend("large red circle top, large red circle top") == "There is a large red circle at the top."
+    assert toy.mend("photo of large red circle top and small blue st") == "There is a large red circle at top."
+    assert toy.mend("large red circle top, large red circle top") == "There is a large red circle at top."
     assert toy.mend("red circle") == toy.mend("") == "INCOMPLETE"
     scene = toy.pick_scene(random.Random(3), "more")
     assert toy.found("objects", toy.mend(toy.caption(scene))) == set(scene)
@@ -364,8 +364,8 @@ def test_the_oracle_repairs_as_any_teacher(fake):  # noqa: F811
 
 
 def test_curation_counts_what_happens(tmp_path, album, speech, monkeypatch):
-    said = ["There is a small red ring in the middle.", "small red ring in the middle small red", "blue", "x" * 30,
-            "small red ring in the middle. I'm sorry, I made a mistake. It is fine.", "small red ring in the middle"]
+    said = ["There is a small red ring at center.", "small red ring at center small red", "blue", "x" * 30,
+            "small red ring at center. I'm sorry, I made a mistake. It is fine.", "small red ring at center"]
     asked = []
 
     def fake(net, job, questions, features, limit=64):
