@@ -189,6 +189,33 @@ def test_a_fresh_network_knows_nothing():
     assert -0.05 < (loss / count).item() - math.log(1000) < 0.5
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_first_weights_look_at_neighbours_and_at_equals(kv_heads):
+    """Before any training: layer 0 spends most of its attention on the last three tokens and hands them on; in later
+    layers the same word weighs more than another, also 40 tokens away."""
+    m = model.LLaMA(model.LLaMAConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=500, rope_theta=500.0))
+    seen = []
+    attend = model.attention
+
+    def watch(q, k, v, mask=None, fused=True):
+        seen.append((q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5))
+        return attend(q, k, v, mask, fused)
+    tokens = torch.randperm(500)[None, :80].clone()
+    tokens[0, 70:75] = tokens[0, 30:35]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(model, "attention", watch)
+        m(tokens)
+    near = seen[0].masked_fill(~torch.ones(80, 80, dtype=torch.bool).tril(), float("-inf")).softmax(-1)  # (1, H, T, S)
+    assert all(sum(near[0, h, 20:].diagonal(20 - d)[:60].mean() for d in range(3)) > 0.7 for h in range(4))
+    first = seen[1][0, ::4 // kv_heads]  # of each group: its keys are copies of this head's queries
+    again = torch.stack([first[:, t, t - 40] for t in range(70, 75)]).mean()
+    others = first[:, 70:75, 20:60].mean()
+    assert again > others + 0.5, "the same word 40 tokens ago weighs no more than any other"
+    a = m.layers[0].attention
+    copied = a.wo.weight.view(256, 4, 64) - a.wv.weight.view(kv_heads, 64, 256).repeat_interleave(4 // kv_heads, 0).permute(2, 0, 1)
+    assert copied.abs().max() == 0
+
+
 def test_impossible_shapes_are_refused():
     for wrong in (dict(dim=30, n_heads=4), dict(dim=36, n_heads=4), dict(n_heads=4, n_kv_heads=3)):
         with pytest.raises(config.Problem):
