@@ -544,17 +544,17 @@ def document(rng: random.Random) -> str:
     # foresee drowns what a model should learn from the rest.
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
-    if rng.random() < 0.2:  # as on a web page
+    if rng.random() < 0.15:  # as on a web page
         lines[0] = f"{rng.choice(('{}', '<Img>{}</Img>')).format(symbols(scene, rng))} {alt_text(scene, rng).lower()}\n"
-    turn = rng.randrange(5)
+    turn = rng.randrange(7)
     while len(lines) < 13:
-        kind, turn, o = ("color", "size", "where", "shape", "at")[turn % 5], turn + 1, rng.choice(scene)
+        kind, turn, o = ("color", "size", "where", "color", "size", "shape", "at")[turn % 7], turn + 1, rng.choice(scene)
         if kind == "at":
             lines.append(f"{cap(at(o.place))} is a {thing(o)}.")
         elif q := ask_scene(kind, scene, rng, about=o):
             lines.append(q.full)
     if rng.random() < 0.5:
-        while not (q := ask_scene(rng.choice(("count", "gone", "paint", "draw", "be", "story", "exists")), scene, rng)):
+        while not (q := ask_scene(rng.choice(("count", "gone", "paint", "draw", "be", "story")), scene, rng)):
             pass
         lines.append(q.full if q.kind not in ("gone", "paint") else aside(q, rng))
     return " ".join(lines).replace("\n ", "\n")

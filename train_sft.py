@@ -694,7 +694,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 
 # -- the toy chain -------------------------------------------------------------------------------------------
 
-TOY = dict(documents=16000, instructions=6000, conversations=12000, base=800, alpaca=100, vicuna=520, questions=100)
+TOY = dict(documents=16000, instructions=6000, conversations=12000, base=700, alpaca=100, vicuna=560, questions=100)
 FAST = dict(documents=6000, instructions=3000, conversations=5000, base=200, alpaca=60, vicuna=200, questions=50)
 
 
