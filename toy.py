@@ -303,7 +303,11 @@ ASK = {
                "Could there be {color} {shape}?", "Say if there is {color} {shape}."),
     "describe": ("Describe the scene.", "What do you see?", "Tell me everything you see.", "Describe the picture.",
                  "What is in the scene?", "List all the objects.", "Give me a description of it all.",
-                 "Which things are there, and where?",
+                 "Which things are there, and where?", "Describe this image in detail.",
+                 "Take a look at this image and describe what you notice.",
+                 "Please provide a detailed description of the picture.",
+                 "Could you describe the contents of this image for me?",
+                 "Describe this image in detail. Give as many details as possible. Say everything you see.",
                  "Say it all again in your own words.", "Go through everything that is there."),
     "gone": ("If the {ref} were gone, what would remain?", "Take away the {ref}. What remains?",
              "What would remain without the {ref}?", "Imagine the {ref} is gone. What is still there?",
@@ -689,7 +693,12 @@ def focus_of(q: Question, scene: Scene) -> Optional[Object]:
 
 
 def conversation(rng: random.Random) -> dict:
-    """A ShareGPT record: a few rounds, full answers."""
+    """A ShareGPT record: a few rounds, full answers. Some paste words without a question, and get what stands beside
+    such words on web pages: else fine-tuning would undo what pre-training knew of that."""
+    if rng.random() < 0.06:
+        scene = pick_scene(rng)
+        return dict(conversations=[{"from": "human", "value": symbols(scene, rng)},
+                                   {"from": "gpt", "value": alt_text(scene, rng).lower()}])
     item = converse(rng)
     turns = item.turns + [["assistant", item.question.full]]
     return dict(conversations=[{"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns])

@@ -71,7 +71,7 @@ RECIPES = {
     "toy": {
         "0": dict(steps=700, batch_size=64, learning_rate=2e-3, min_lr=0.05, weight_decay=0.05,
                   optimizer="muon"),
-        "1": dict(steps=450, batch_size=32, learning_rate=3e-3, seq_len=64, weight_decay=0.05),
+        "1": dict(steps=1200, batch_size=32, learning_rate=3e-3, seq_len=64, weight_decay=0.05),
         "2": dict(steps=200, batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)},
     "published": {  # the originals' configuration files; there, no gradient is clipped
         "1": dict(steps=20000, batch_size=256, learning_rate=1e-4, warmup=0.25, min_lr=0.8, seq_len=65,
