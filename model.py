@@ -663,6 +663,7 @@ def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, 
     kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
                 + 4 * e * c.dim + 4 * c.n_heads  # q, k and v (repeated to all heads), what wo reads; softmax' sum
                 + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
+    kept += 8 * seq * c.head_dim  # the angles by which q and k are turned
     activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
     rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once
     loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, the logits'; the rows themselves
