@@ -1,7 +1,7 @@
 """From nothing to a talking model, and the one training loop behind it.
 
     python train_sft.py                    # toy world: data, tokenizer, LLaMA -> Alpaca -> Vicuna, table; minutes
-    python train_sft.py --fast             # a fifth of the steps: shows that all runs, too short to learn much
+    python train_sft.py --fast             # a third of the steps, two minutes: enough to see where it goes
     python train_sft.py --data=mine.json   # your conversations (ShareGPT or Alpaca format) or plain text
     python train_sft.py --stage=pretrain --data=some.txt --out=out/text
     python train_sft.py --stage=sft --data=alpaca.json --init=out/base --out=out/mine
