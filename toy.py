@@ -272,6 +272,12 @@ class Question:
     open: bool = False  # no single right wording: scored by constraints
 
 
+# MiniGPT-4's instructions of stage 2 and its curation's request, as published: weights depend on them.
+INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
+                "Please provide a detailed description of the picture.",
+                "Could you describe the contents of this image for me?")
+REQUEST = "Describe this image in detail. Give as many details as possible. Say everything you see."
+
 # Ways to ask; the last two of each are held out of training ("phrasings").
 ASK = {
     "color": ("What color is the {ref}?", "Which color does the {ref} have?", "Tell me the color of the {ref}.",
@@ -303,11 +309,7 @@ ASK = {
                "Could there be {color} {shape}?", "Say if there is {color} {shape}."),
     "describe": ("Describe the scene.", "What do you see?", "Tell me everything you see.", "Describe the picture.",
                  "What is in the scene?", "List all the objects.", "Give me a description of it all.",
-                 "Which things are there, and where?", "Describe this image in detail.",
-                 "Take a look at this image and describe what you notice.",
-                 "Please provide a detailed description of the picture.",
-                 "Could you describe the contents of this image for me?",
-                 "Describe this image in detail. Give as many details as possible. Say everything you see.",
+                 "Which things are there, and where?", *INSTRUCTIONS, REQUEST,
                  "Say it all again in your own words.", "Go through everything that is there."),
     "gone": ("If the {ref} were gone, what would remain?", "Take away the {ref}. What remains?",
              "What would remain without the {ref}?", "Imagine the {ref} is gone. What is still there?",

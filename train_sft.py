@@ -261,7 +261,7 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
 class Muon(torch.optim.AdamW):
     """AdamW, but for the matrices inside the blocks: there the averaged gradient is replaced by the nearest matrix
     whose singular values are all equal (Jordan et al. 2024). A direction in which few examples pull then moves as
-    fast as one in which all do: look-ups, which few tokens teach, are found in a third of the steps. Entries move by
+    fast as one in which all do: look-ups, which few tokens teach, are found sooner. Entries move by
     0.4 `lr` on average, AdamW's first ones by all of it; much faster, and noise drowns those few.
     """
 

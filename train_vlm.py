@@ -83,11 +83,7 @@ PRESETS = {"minigpt4-7b": dict(recipe="published", init="out/vicuna-7b", vision=
 TOY = dict(alt=4000, curate=400, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 
-# Instructions of stage 2 and the curation's request are the published ones: weights depend on them.
-INSTRUCTIONS = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
-                "Please provide a detailed description of the picture.",
-                "Could you describe the contents of this image for me?")
-REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you see.")
+INSTRUCTIONS, REQUEST = toy.INSTRUCTIONS, toy.REQUEST  # the published ones, which the toy language model also reads
 REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences that repeat "
           "others, meaningless characters and what is not English; complete or remove sentences that break "
           "off. Do not add anything. Answer with the corrected paragraph alone. If nothing is wrong, repeat "

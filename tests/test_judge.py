@@ -223,7 +223,7 @@ def test_toy_questions():
         assert q.grade(q.truths[-1].full) == 1 and (q.truths[-1].open or q.grade(q.truths[-1].short) == 1)
         assert bool(q.reference) == (q.category in ("coding", "math"))
         if len(q.turns) == 2 and q.truths[-1].needs_scene:  # it cannot be answered without the first turn
-            assert any(color in q.turns[0].lower() for color in toy.COLORS)
+            assert all(any(word in q.turns[0].lower() for word in words) for words in (toy.COLORS, toy.SHAPES, toy.PLACES))
 
 
 def test_our_own_questions():

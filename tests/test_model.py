@@ -194,17 +194,13 @@ def test_first_weights_look_at_neighbours_and_at_equals(kv_heads):
     """Before any training: layer 0 spends most of its attention on the last three tokens and hands them on; in later
     layers the same word weighs more than another, also 40 tokens away."""
     m = model.LLaMA(model.LLaMAConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=500, rope_theta=500.0))
-    seen = []
-    attend = model.attention
-
-    def watch(q, k, v, mask=None, fused=True):
-        seen.append((q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5))
-        return attend(q, k, v, mask, fused)
-    tokens = torch.randperm(500)[None, :80].clone()
+    m.requires_grad_(False)
+    tokens, seen = torch.randperm(500)[None, :80].clone(), []
     tokens[0, 70:75] = tokens[0, 30:35]
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(model, "attention", watch)
-        m(tokens)
+    for layer in m.layers:  # what each would score if it came first
+        a, x = layer.attention, layer.attention_norm(m.tok_embeddings(tokens))
+        q, k = (model.apply_rope(w(x).view(1, 80, -1, 64), m.cos[:80], m.sin[:80]).transpose(1, 2) for w in (a.wq, a.wk))
+        seen.append(q @ k.repeat_interleave(4 // kv_heads, dim=1).mT / 8)
     near = seen[0].masked_fill(~torch.ones(80, 80, dtype=torch.bool).tril(), float("-inf")).softmax(-1)  # (1, H, T, S)
     assert all(sum(near[0, h, 20:].diagonal(20 - d)[:60].mean() for d in range(3)) > 0.7 for h in range(4))
     first = seen[1][0, ::4 // kv_heads]  # of each group: its keys are copies of this head's queries
@@ -600,6 +596,7 @@ def test_nll_in_pieces():
 def test_mean_of_means_is_wrong():
     """Two micro-batches, one with 19 supervised tokens and one with 2. Sum / total is the loss of the whole
     batch; in the mean of the two means, the two tokens weigh as much as the nineteen."""
+    torch.manual_seed(1)
     m, tokens = tiny(), words(2, 20)
     labels = tokens.clone()
     labels[1, :18] = -100
@@ -607,7 +604,7 @@ def test_mean_of_means_is_wrong():
     (a, n), (b, k) = (m.nll(tokens[i:i + 1], labels[i:i + 1]) for i in (0, 1))
     assert (int(n), int(k), int(total)) == (19, 2, 21)
     close((a + b) / (n + k), whole / total, "accumulated micro-batches must equal the whole batch", 1e-6)
-    assert abs(((a / n + b / k) / 2 - whole / total).item()) > 0.05, "here the two means happen to agree"
+    assert abs(((a / n + b / k) / 2 - whole / total).item()) > 0.1, "here the two means happen to agree"
 
 
 def test_checkpointing_changes_nothing():
