@@ -139,7 +139,7 @@ STATEMENTS = (  # how one object may be put; a scene uses one form throughout, o
 def symbols(scene: Scene, rng: random.Random) -> str:
     """Words without grammar, in any order but the same for all objects."""
     order = rng.sample(range(4), 4)
-    return " ; ".join(" ".join(o[k] for k in order) for o in scene)
+    return " ".join(" ".join(o[k] for k in order) + " ;" for o in scene)
 
 
 def tell(scene: Scene, rng: random.Random) -> str:
@@ -149,7 +149,7 @@ def tell(scene: Scene, rng: random.Random) -> str:
         opening = rng.choice(("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is "))
         return opening + join([f"a {thing(o)} {at(o.place)}" for o in scene]) + "."
     if style < 0.7:
-        return symbols(scene, rng) + " ."
+        return f"<Img>{symbols(scene, rng)}</Img>"
     form = rng.choice(STATEMENTS)
     return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in scene)
 
@@ -216,23 +216,21 @@ def draw(scene: Scene, rng: random.Random, size: int = 48) -> np.ndarray:
     return picture.clip(0, 255).round().astype(np.uint8)
 
 
-def alt_text(scene: Scene, rng: random.Random) -> str:
-    """What stands beside pictures on web pages: short, incomplete, sometimes wrong or cut off, never a sentence."""
-    words = []
+def alt_text(scene: Scene, rng: random.Random, noise: float = 0.1) -> str:
+    """What stands beside pictures on web pages: short, without a full stop; with `noise`, as often incomplete, wrong,
+    or cut off."""
+    things = []
     for o in rng.sample(scene, len(scene)):
-        if words and rng.random() < 0.15:  # not everything is mentioned
+        if things and rng.random() < noise:  # not everything is mentioned
             continue
-        if rng.random() < 0.1:  # an error, but never a held-out pair
+        if rng.random() < noise:  # an error, but never a held-out pair
             kind = rng.choice(("size", "color", "shape", "place"))
             wrong = o._replace(**{kind: rng.choice(dict(size=SIZES, color=COLORS, shape=SHAPES, place=PLACES)[kind])})
             o = o if (wrong.color, wrong.shape) in HELD_PAIRS else wrong
-        words += [rng.choice((",", "and"))] if words else []
-        words += [o.size] * (rng.random() < 0.8) + [o.color] * (rng.random() < 0.95) + [o.shape]
-        words += [rng.choice((o.place, at(o.place)))] * (rng.random() < 0.75)
-    text = " ".join(words).replace(" ,", ",")
-    if rng.random() < 0.05:
-        text = text[:rng.randint(len(text) // 2, len(text))]
-    return rng.choice(("{}", "{}", "{}", "{}", "photo of {}", "{} picture", "{} free download", "image: {}")).format(text)
+        words = [o.size] * (rng.random() >= noise) + [o.color] * (rng.random() >= noise) + [o.shape]
+        things.append(" ".join([an(words[0]), *words[1:]] + [at(o.place)] * (rng.random() >= noise)))
+    text = rng.choice(("{}", "{}", "there is {}", "I see {}", "the picture shows {}", "photo of {}")).format(join(things))
+    return text[:rng.randint(len(text) // 2, len(text))] if rng.random() < noise / 2 else text
 
 
 _LOOSE = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\W* (?:at )?"
@@ -451,11 +449,11 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
     if kind == "paint":
         new_color = rng.choice([c for c in COLORS if c != o.color and (c, o.shape) not in HELD_PAIRS])
         painted = o._replace(color=new_color)
-        return q(f"{cap(at(o.place))} would be a {noun_first(painted)}.", f"A {thing(painted)}.",
+        return q(f"{cap(at(o.place))} would be a {o.shape}, {new_color} and {o.size}.", f"A {thing(painted)}.",
                  {"size": {o.size}, "color": {new_color}, "shape": {o.shape}}, ref=ref, new=new_color, at=at(o.place))
     if kind == "draw":
-        code = " ".join(f'draw("{thing(x)}", "{x.place}")' for x in scene)
-        return q(code, code, {"code": set(re.findall(r'draw\("[^"]*", "[^"]*"\)', code))})
+        code = " ".join(f'draw("{thing(x)} {at(x.place)}")' for x in scene)
+        return q(code, code, {"code": set(re.findall(r'draw\("[^"]*"\)', code))})
     if kind == "be":
         return q(f"Hello! I am the {noun_first(o)}, and I live {at(o.place)}.", f"I am the {thing(o)}.",
                  {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "says": {"I am"}}, True, ref=ref)
@@ -550,11 +548,9 @@ def document(rng: random.Random) -> str:
     # foresee drowns what a model should learn from the rest.
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
-    if rng.random() < 0.15:  # as on a web page
-        lines[0] = f"{rng.choice(('{}', '<Img>{}</Img>')).format(symbols(scene, rng))} {alt_text(scene, rng).lower()}\n"
     turn = rng.randrange(7)
     while len(lines) < 13:
-        kind, turn, o = ("color", "size", "where", "color", "size", "shape", "at")[turn % 7], turn + 1, rng.choice(scene)
+        kind, turn, o = ("color", "size", "where", "color", "where", "shape", "at")[turn % 7], turn + 1, rng.choice(scene)
         if kind == "at":
             lines.append(f"{cap(at(o.place))} is a {thing(o)}.")
         elif q := ask_scene(kind, scene, rng, about=o):
@@ -563,7 +559,7 @@ def document(rng: random.Random) -> str:
         while not (q := ask_scene(rng.choice(("count", "gone", "paint", "draw", "be", "story")), scene, rng)):
             pass
         lines.append(q.full if q.kind not in ("gone", "paint") else aside(q, rng))
-    return " ".join(lines).replace("\n ", "\n")
+    return " ".join(lines)
 
 
 def aside(q: Question, rng: random.Random) -> str:
@@ -622,7 +618,8 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
     while True:
         final = len(turns) == 2 * (rounds - 1)
         kind = rng.choice(SCENE_KINDS * 2 + OTHER_KINDS + ("at", "where", "who", "intro", "word", "word", "it", "it", "it",
-                                                           "name", "name", "first", "first"))
+                                                           "name", "name", "first", "first", "describe",
+                                                           "describe", "gone", "at"))
         lead, q, later = "", None, False
         if kind == "intro" and not final:
             if name:
@@ -667,7 +664,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             q = ask_scene(kind, scene, rng, new_forms and final, about=target if final else None)
             later = bool(told)
             if q and not told:
-                told = tell(scene, rng)
+                told = f"<Img>{symbols(scene, rng)}</Img>" if rng.random() < 0.12 else tell(scene, rng)
                 lead = rng.choice(LOOK).format(told) + " "
         if q is None:
             continue
@@ -697,10 +694,11 @@ def focus_of(q: Question, scene: Scene) -> Optional[Object]:
 def conversation(rng: random.Random) -> dict:
     """A ShareGPT record: a few rounds, full answers. Some paste words without a question, and get what stands beside
     such words on web pages: else fine-tuning would undo what pre-training knew of that."""
-    if rng.random() < 0.06:
+    if rng.random() < 0.05:
         scene = pick_scene(rng)
-        return dict(conversations=[{"from": "human", "value": symbols(scene, rng)},
-                                   {"from": "gpt", "value": alt_text(scene, rng).lower()}])
+        words = rng.choice(("{}", "<Img>{}</Img>")).format(symbols(scene, rng))
+        return dict(conversations=[{"from": "human", "value": words},
+                                   {"from": "gpt", "value": "\n".join(alt_text(scene, rng, 0).lower() for _ in range(2))}])
     item = converse(rng)
     turns = item.turns + [["assistant", item.question.full]]
     return dict(conversations=[{"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns])
@@ -726,7 +724,7 @@ def found(what: str, answer: str, truth: set = frozenset()) -> set:
         return {Object(*m) for m in _OBJECT.findall(text)} | {
             Object(size, color, shape, place) for shape, size, color, place in _NOUN_FIRST.findall(text)}
     if what == "code":
-        return set(re.findall(r'draw\("[^"]*", "[^"]*"\)|for i in range\(\d+\): print\("[^"]*"\)', text))
+        return set(re.findall(r'draw\("[^"]*"\)|for i in range\(\d+\): print\("[^"]*"\)', text))
     if what == "first":  # the animal named first
         return set(re.findall(rf"\b({'|'.join(ANIMALS)})\b", text)[:1])
     if what == "last":  # the last number

@@ -59,7 +59,7 @@ class QFormerConfig:
     n_layers: int = 2
     n_heads: int = 4
     hidden_dim: int = 256
-    n_queries: int = 20  # image vectors that LLaMA gets for a picture
+    n_queries: int = 10  # image vectors that LLaMA gets for a picture
     cross_every: int = 2  # layers 0, 2, 4, ... look at the picture
     norm_eps: float = 1e-12
 

@@ -188,15 +188,22 @@ def test_your_own_file_alone_is_enough(files, tmp_path, capsys, kind):
 
 def test_the_whole_chain_in_small(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_sft, "FAST", dict(documents=150, instructions=120, conversations=40, base=3, alpaca=2,
-                                                vicuna=2, questions=6))
+                                                vicuna=2, equal=3, questions=6))
     figures = train_sft.main(train_sft.SFTConfig(fast=True, full=True, out=str(tmp_path), **{**SMALL, "seq_len": 192, "vocab_size": 1000}))
     assert set(figures["table"]) == {*train_sft.ROWS, *train_sft.MORE_ROWS}
-    players = {"base", "few-shot", "Alpaca", "Vicuna", "no LLaMA", "no scene", "copier", "frequent"}
+    players = {"base", "few-shot", "Alpaca", "Alpaca =", "Vicuna", "no LLaMA", "no scene", "copier", "frequent"}
     assert all(set(row) == players for row in figures["table"].values())
     printed = capsys.readouterr().out
     assert "python sample.py" in printed and "dialogue 3" in printed
     for name in ("base", "alpaca", "vicuna", "control"):
         assert model.load(tmp_path / name)[2]["finished"]
+
+
+def test_what_runs_on_is_no_answer():
+    def player(items):
+        return [i.question.full for i in items], [number % 2 == 0 for number, _ in enumerate(items)]
+    table, _ = train_sft.examine({"babbler": player}, {"scenes": "a row"}, 10)
+    assert table == {"scenes": {"babbler": 0.5}}
 
 
 # -- the toy world ----------------------------------------------------------------------------------------------------

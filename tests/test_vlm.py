@@ -127,6 +127,21 @@ def test_stage_1_sequence(speech):
     assert speech.tokenizer.decode(e.tokens[-1:]) == "\n"
     long = train_vlm.alt_example("word " * 90, 3, speech.tokenizer)
     assert len(long.tokens) == 4 + 32
+    behind = train_vlm.alt_example("A Red  circle, and (maybe) more!", 3, speech.tokenizer, "Be kind.")
+    told = speech.tokenizer.encode("Be kind.")
+    assert behind.tokens == [1, *told, -1, -1, -1, *want] and behind.labels == [-100] * (4 + len(told)) + want
+
+
+def test_only_the_toy_leaves_the_published_sequence(tmp_path, encoder, album, speech, monkeypatch):
+    """The toy stands behind the system prompt and starts from zero; the published recipe does neither."""
+    for recipe, first in (("toy", speech.tokenizer.encode(data.get_template("vicuna_v1.1").system)), ("published", [-1])):
+        seen = {}
+        monkeypatch.setattr(train_vlm.train_sft, "run_stage", lambda sft, name, machine, rows, *rest, network, **options:
+                            seen.update(rows=rows, weight=network.llama_proj.weight.clone()))
+        job = open_job(train_vlm.replace(settings(tmp_path), recipe=recipe))
+        train_vlm.project(job, "1", train_vlm.give_eyes(job, encoder)[0], {}, train_vlm.load_album(album, Counter()), "x")
+        assert seen["rows"].tokens[0, 1:1 + len(first)].tolist() == first
+        assert seen["weight"].any() == (recipe == "published")
 
 
 def test_stage_2_keeps_the_end_when_it_cuts(speech):
@@ -169,18 +184,20 @@ def test_published_ids():
 
 
 def test_symbols_are_not_the_captions_order():
-    """Four for each place, last place first; the words of a place in another order than the captions' too."""
+    """The last place first, and the words of an object in another order than the captions'; then nothing."""
     scene = (toy.Object("small", "red", "ring", "top"), toy.Object("large", "blue", "moon", "bottom"))
     said = train_vlm.scene_symbols(scene)
-    assert said[:4] == ["moon", "bottom", "blue", "large"] and said[16:] == ["ring", "top", "red", "small"]
-    assert said[4:16] == ["nothing"] * 12 and len(said) == vision.QFormerConfig().n_queries
+    assert said == ["moon", "bottom", "blue", "large", "end", "ring", "top", "red", "small", "end"]
+    assert said == train_vlm.scene_symbols(scene[::-1]) and len(said) == vision.QFormerConfig().n_queries
+    assert train_vlm.scene_symbols(scene[:1]) == said[5:] + ["nothing"] * 5
+    assert set(said) | {"nothing"} < set(train_vlm.SYMBOLS)
 
 
 def test_pictures_of_stage_0_depend_on_the_step_alone(album):
     scenes = train_vlm.Scenes(0, 16)
     a, b, other = scenes.batch(5, 2), train_vlm.Scenes(0, 16).batch(5, 2), scenes.batch(6, 2)
     assert torch.equal(a[3], b[3]) and torch.equal(a[1], b[1]) and not torch.equal(a[3], other[3])
-    assert a[3].shape == (2, 3, 16, 16) and a[1].shape == (2, 21) and (a[1][:, 0] == -100).all()
+    assert a[3].shape == (2, 3, 16, 16) and a[1].shape == (2, 11) and (a[1][:, 0] == -100).all()
     pictures = train_vlm.load_album(album, Counter())
     photos = [train_vlm.Photos(pictures, 2, 0, 16).batch(3, 4) for _ in range(2)]
     assert torch.equal(photos[0][3], photos[1][3]) and photos[0][1].shape == (4, 3)
@@ -240,8 +257,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, encoder, album, speech, monk
 
     batch = train_vlm.PictureRows.batch
 
+    met = []
+
     def dies(rows, step, size):
-        if step == 2 and rows.tokens.shape[1] == 160:  # in stage 2
+        met.append(step)
+        if met.count(2) == 2:  # in stage 2
             raise Killed
         return batch(rows, step, size)
 
@@ -305,6 +325,24 @@ def test_the_whole_toy_chain(tmp_path, encoder, monkeypatch, capsys):
     assert 0 <= figures["scenes", "questions", "in words"] <= 1 and (tmp_path / "seen.png").exists()
     assert json.loads((tmp_path / "curated" / "report.json").read_text())["asked"] == 4
     assert "minimal pairs, both right, questions" in capsys.readouterr().out
+
+
+def test_the_whole_chain_on_photos(tmp_path, monkeypatch, capsys):
+    """A folder of pictures, a small language model that reads the captions first, a table over those held out."""
+    scenes = [toy.pick_scene(random.Random(i)) for i in range(40)]
+    toy.write_album(tmp_path / "photos", [toy.draw(s, random.Random(0), 32) for s in scenes],
+                    [f"a photo of a {s[0].shape}." for s in scenes])
+    monkeypatch.setattr(train_sft, "choose_machine", lambda cfg: MACHINE)
+    figures = train_vlm.main(settings(tmp_path, images=str(tmp_path / "photos"), vision="", steps=2))
+    assert set(figures) == {"MiniGPT-4", "shuffled"} and "held-out pictures" in capsys.readouterr().out
+    read = json.loads((tmp_path / "data" / "captions.json").read_text())
+    for record in read:
+        ask, answer = (turn["value"] for turn in record["conversations"])
+        assert ask.startswith("<Img>") and answer.startswith("a photo of a ")
+        assert "nothing" not in ask
+    assert 30 <= len(read) < 40, "held-out captions were read"
+    eyes_of = json.loads((model.find(tmp_path / "align") / "meta.json").read_text())
+    assert str(tmp_path / "words") in json.dumps(eyes_of), "the linear layer belongs to the model that read the captions"
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
