@@ -698,7 +698,7 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
 # of what it reads is an answer, of what Vicuna reads three tenths.
 TOY = dict(documents=16000, instructions=6000, conversations=12000, base=760, alpaca=100, vicuna=600, equal=1860,
            questions=100)
-FAST = dict(documents=6000, instructions=3000, conversations=5000, base=200, alpaca=60, vicuna=200, equal=620,
+FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alpaca=40, vicuna=150, equal=460,
             questions=50)
 
 
