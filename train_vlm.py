@@ -56,7 +56,7 @@ class VLMConfig:
     learning_rate: float = 0.0  # peak; 0: the preset's
     micro_batch: int = 0  # pictures in one forward pass of one process; 0: all of them
     checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
-    recipe: Literal["", "toy", "photos", "published"] = ""  # steps, rates, lengths; toy, or photos with --images
+    recipe: Literal["", "toy", "photos", "published"] = ""  # steps, rates; photos with --images alone, else toy
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the chip is good at it
     device: str = "auto"  # cuda, mps or cpu
     seed: int = 0  # of everything
@@ -404,7 +404,8 @@ def mender(spec: str) -> Callable:
 # -- the stages ----------------------------------------------------------------------------------------------
 
 def recipe_of(cfg: VLMConfig) -> str:
-    return cfg.recipe or ("photos" if cfg.images else "toy")
+    """Photos when all is trained here; a given encoder comes with a language model that knows words, and stays as it is."""
+    return cfg.recipe or ("photos" if cfg.images and not cfg.vision else "toy")
 
 
 def stage_config(cfg: VLMConfig, stage: str) -> train_sft.SFTConfig:
@@ -737,7 +738,7 @@ def photo_table(job: Job, net: vision.MiniGPT4, learn: Sequence, held: Sequence[
 
 
 def main(cfg: VLMConfig) -> dict:
-    if recipe_of(cfg) == "toy" and cfg.dtype == "auto":
+    if recipe_of(cfg) == "toy" and not cfg.images and cfg.dtype == "auto":
         cfg = replace(cfg, dtype="float32")  # as the toy language model
     machine = train_sft.choose_machine(train_sft.SFTConfig(dtype=cfg.dtype, device=cfg.device))
     print(describe(cfg))

@@ -144,6 +144,12 @@ def test_only_the_toy_leaves_the_published_sequence(tmp_path, encoder, album, sp
         assert seen["weight"].any() == (recipe == "published")
 
 
+def test_a_given_language_model_does_not_read_captions():
+    """With an encoder of your own, the language model is taken as it is: nothing but the projection may learn."""
+    given = train_vlm.VLMConfig(images="album", vision="eyes")
+    assert train_vlm.recipe_of(given) == "toy" and train_vlm.recipe_of(train_vlm.replace(given, vision="")) == "photos"
+
+
 def test_stage_2_keeps_the_end_when_it_cuts(speech):
     tokenizer = speech.tokenizer
     whole = train_vlm.described("a red circle " * 30, "Describe this image in detail.", 3, "vicuna_v1.1", tokenizer, 999)
