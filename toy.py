@@ -148,7 +148,7 @@ def tell(scene: Scene, rng: random.Random) -> str:
     if style < 0.65:
         opening = rng.choice(("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is "))
         return opening + join([f"a {thing(o)} {at(o.place)}" for o in scene]) + "."
-    if style < 0.7:
+    if style < 0.8:
         return f"<Img>{symbols(scene, rng)}</Img>"
     form = rng.choice(STATEMENTS)
     return " ".join((form if style < 0.9 else rng.choice(STATEMENTS))(o) for o in scene)
@@ -406,7 +406,9 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
         absent = rng.choice([s for s in SHAPES if s not in {x.shape for x in scene}])
         return q(f"The {absent} is not there.", "None.", {"yesno": {"no"}}, ref=absent)
     if kind == "color":
-        return q(f"The {ref} is {o.color}.", cap(o.color) + ".", {"color": {o.color}}, ref=ref) if o.color not in ref else None
+        if o.color in ref:
+            return None
+        return q(f"The {ref} is {o.color}.", cap(o.color) + ".", {"color": {o.color}}, ref=ref)
     if kind == "shape":
         if sum(x.color == o.color for x in scene) > 1:
             return None
@@ -438,7 +440,8 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
         colors = list(dict.fromkeys(x.color for x in scene if x.shape == shape))
         why = (f"The {shape} is {colors[0] if colors else 'not there'}" if len(colors) < 2 else
                f"One {shape} is " + " and one is ".join(colors))
-        return q(f"{why}, so {truth}.", cap(truth) + ".", {"yesno": {truth}}, color=an(color), Color=cap(an(color)), shape=shape)
+        return q(f"{why}, so {truth}.", cap(truth) + ".", {"yesno": {truth}}, color=an(color), Color=cap(an(color)),
+                 shape=shape)
     if kind == "describe":
         return q(f"There is {caption(scene)}.", f"{cap(caption(scene))}.", {"objects": set(scene)})
     if kind == "gone":
@@ -458,7 +461,8 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, new: bool = False, ab
         return q(f"Hello! I am the {noun_first(o)}, and I live {at(o.place)}.", f"I am the {thing(o)}.",
                  {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "says": {"I am"}}, True, ref=ref)
     friend = ("bird", "cat", "child", "cloud", "fish", "king", "dog", "tree")[SHAPES.index(o.shape)]
-    wish = ("wanted to see the sea", "was never sad", "liked to sing", "dreamed of snow", "loved the rain")[COLORS.index(o.color) // 2]
+    wishes = ("wanted to see the sea", "was never sad", "liked to sing", "dreamed of snow", "loved the rain")
+    wish = wishes[COLORS.index(o.color) // 2]
     end = ("They were happy ever after.", "And they danced all night.")[SIZES.index(o.size)]
     return q(f"Once there was a {noun_first(o)}, that {wish}. One day it met a {friend}. {end}",
              f"A {thing(o)} met a {friend}.", {"size": {o.size}, "color": {o.color}, "shape": {o.shape}, "sentences": 3},
@@ -523,8 +527,9 @@ def document(rng: random.Random) -> str:
             a, b = sorted(rng.sample(range(len(ANIMALS)), 2))
             if not held_out(a, b):
                 big, small = ANIMALS[b], ANIMALS[a]
-                lines.append(rng.choice((f"{cap(an(big))} is bigger than {an(small)}.", f"{cap(an(small))} is smaller than {an(big)}.",
-                                         f"{cap(an(big))} is larger than {an(small)}.", f"Next to {an(big)}, {an(small)} is small.")))
+                lines.append(rng.choice((
+                    f"{cap(an(big))} is bigger than {an(small)}.", f"{cap(an(small))} is smaller than {an(big)}.",
+                    f"{cap(an(big))} is larger than {an(small)}.", f"Next to {an(big)}, {an(small)} is small.")))
         return " ".join(lines)
     if style < 0.26:
         lines = []
@@ -536,7 +541,8 @@ def document(rng: random.Random) -> str:
             elif rng.random() < 0.3:
                 lines.append(f"{cap(an(what))} has {each} {part}.")
             elif not held_out(what, n):
-                lines.append(rng.choice((f"{n} {what}s have {n * each} {part}.", f"There are {n * each} {part} on {n} {what}s.")))
+                lines.append(rng.choice((f"{n} {what}s have {n * each} {part}.",
+                                         f"There are {n * each} {part} on {n} {what}s.")))
         return " ".join(lines)
     if style < 0.28:
         name, word, n = rng.choice(USERS), rng.choice(WORDS), rng.randint(2, 9)
@@ -548,9 +554,10 @@ def document(rng: random.Random) -> str:
     # foresee drowns what a model should learn from the rest.
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
-    turn = rng.randrange(7)
+    kinds = ("color", "where", "size", "where", "color", "where", "shape", "at")  # most of what is found last
+    turn = rng.randrange(len(kinds))
     while len(lines) < 13:
-        kind, turn, o = ("color", "size", "where", "color", "where", "shape", "at")[turn % 7], turn + 1, rng.choice(scene)
+        kind, turn, o = kinds[turn % len(kinds)], turn + 1, rng.choice(scene)
         if kind == "at":
             lines.append(f"{cap(at(o.place))} is a {thing(o)}.")
         elif q := ask_scene(kind, scene, rng, about=o):
@@ -664,7 +671,7 @@ def converse(rng: random.Random, split: str = "train", rounds: Optional[int] = N
             q = ask_scene(kind, scene, rng, new_forms and final, about=target if final else None)
             later = bool(told)
             if q and not told:
-                told = f"<Img>{symbols(scene, rng)}</Img>" if rng.random() < 0.12 else tell(scene, rng)
+                told = f"<Img>{symbols(scene, rng)}</Img>" if rng.random() < 0.2 else tell(scene, rng)
                 lead = rng.choice(LOOK).format(told) + " "
         if q is None:
             continue
@@ -697,8 +704,8 @@ def conversation(rng: random.Random) -> dict:
     if rng.random() < 0.05:
         scene = pick_scene(rng)
         words = rng.choice(("{}", "<Img>{}</Img>")).format(symbols(scene, rng))
-        return dict(conversations=[{"from": "human", "value": words},
-                                   {"from": "gpt", "value": "\n".join(alt_text(scene, rng, 0).lower() for _ in range(2))}])
+        reply = "\n".join(alt_text(scene, rng, 0).lower() for _ in range(2))
+        return dict(conversations=[{"from": "human", "value": words}, {"from": "gpt", "value": reply}])
     item = converse(rng)
     turns = item.turns + [["assistant", item.question.full]]
     return dict(conversations=[{"from": "human" if r == "user" else "gpt", "value": t} for r, t in turns])
@@ -776,9 +783,12 @@ def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
 
 # -- python toy.py -------------------------------------------------------------------------------------------
 
+Split = Literal["train", "scenes", "pairs", "later", "facts", "closed", "phrasings", "names", "more", "minimal"]
+
+
 @dataclass
 class ToyConfig:
-    split: Literal["train", "scenes", "pairs", "later", "facts", "closed", "phrasings", "names", "more", "minimal"] = "train"  # whose questions
+    split: Split = "train"  # whose questions
     count: int = 5  # of each kind of text
     seed: int = 0  # which ones
     album: str = ""  # a folder to write pictures of scenes to, with captions

@@ -1,7 +1,7 @@
 """From nothing to a talking model, and the one training loop behind it.
 
     python train_sft.py                    # toy world: data, tokenizer, LLaMA -> Alpaca -> Vicuna, table; minutes
-    python train_sft.py --fast             # a third of the steps, two minutes: enough to see where it goes
+    python train_sft.py --fast             # a quarter of the steps, 90 seconds: enough to see where it goes
     python train_sft.py --data=mine.json   # your conversations (ShareGPT or Alpaca format) or plain text
     python train_sft.py --stage=pretrain --data=some.txt --out=out/text
     python train_sft.py --stage=sft --data=alpaca.json --init=out/base --out=out/mine
@@ -59,7 +59,7 @@ class SFTConfig:
     micro_batch: int = 0  # rows in one forward pass of one process; 0: all of them
     steps: int = 0  # optimizer steps; 0: chosen from the data and --epochs
     epochs: float = 3.0  # passes over your own data when --steps is not given
-    learning_rate: float = 0.0  # peak; 0: 1e-3 for the small presets, 2e-5 for 7B and up, ten times that with LoRA
+    learning_rate: float = 0.0  # peak; 0: 1e-3, above a billion parameters 2e-5; ten times that with LoRA
     warmup: float = 0.1  # share of the steps
     min_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.1  # on matrices only
@@ -441,7 +441,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
     """
     folder = Path(cfg.out) / name
     if not cfg.learning_rate:
-        large = cfg.preset not in ("toy", "small")
+        large = model.count(model.peek(parent)[0] if parent else model.LLaMAConfig(**shape)) > 1e9
         cfg = replace(cfg, learning_rate=(2e-5 if large else 1e-3) * (10 if cfg.lora_rank else 1))
     if cfg.optimizer == "muon" and machine.sharded:
         raise Problem("--optimizer=muon needs whole matrices, and under torchrun every process has a piece: use adamw")
@@ -703,10 +703,13 @@ FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alp
 
 
 def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
-    """The toy world in the public formats: JSON lines with "text", Alpaca JSON, ShareGPT JSON. Written once."""
+    """The toy world in the public formats: JSON lines with "text", Alpaca JSON, ShareGPT JSON. Written once for these
+    sizes and this seed."""
     paths = {name: folder / file for name, file in
              dict(base="pretrain.jsonl", alpaca="alpaca.json", vicuna="sharegpt.json").items()}
-    if not all(p.exists() for p in paths.values()):
+    made = json.dumps(dict({k: sizes[k] for k in ("documents", "instructions", "conversations")}, seed=seed))
+    note = folder / "made.json"  # the last to be written
+    if not note.exists() or note.read_text() != made:
         folder.mkdir(parents=True, exist_ok=True)
         rng = random.Random(seed)
         documents = (json.dumps(dict(text=toy.document(rng))) for _ in range(sizes["documents"]))
@@ -714,6 +717,7 @@ def write_toy_data(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
         paths["alpaca"].write_text(json.dumps([toy.instruction(rng) for _ in range(sizes["instructions"])], indent=0))
         conversations = [dict(id=f"toy_{i}", **toy.conversation(rng)) for i in range(sizes["conversations"])]
         paths["vicuna"].write_text(json.dumps(conversations, indent=0))
+        note.write_text(made)
     return paths
 
 
@@ -865,8 +869,8 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
                                                 for m in c["conversations"] if m["from"] == "gpt"}
     opened = [reply for item, reply, _ in everything if item.question.open]
     copied = sum(reply in trained for reply in opened) / max(1, len(opened))
-    print(f"{100 * stops:.1f}% of Vicuna's replies end by themselves; {100 * copied:.0f}% of its stories and roles stand "
-          f"word for word in the training data; {sizes['questions']} questions a row")
+    print(f"{100 * stops:.1f}% of Vicuna's replies end by themselves; {100 * copied:.0f}% of its stories and played roles "
+          f"stand word for word in the training data; {sizes['questions']} questions a row")
     if cfg.full:
         print("Alpaca =: as many supervised tokens as Vicuna")
         print_kinds(said["Vicuna"])
@@ -901,7 +905,8 @@ def plot(out: Path) -> None:
     for log in sorted(out.glob("*/metrics.jsonl")):
         loss = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
         width = max(1, len(loss) // 50)
-        pyplot.plot(np.arange(len(loss))[width - 1:], np.convolve(loss, np.ones(width) / width, "valid"), label=log.parent.name)
+        smooth = np.convolve(loss, np.ones(width) / width, "valid")
+        pyplot.plot(np.arange(len(loss))[width - 1:], smooth, label=log.parent.name)
     pyplot.xlabel("step"), pyplot.ylabel("loss, nats per token"), pyplot.legend(), pyplot.grid(alpha=0.3)
     pyplot.savefig(out / "loss.png", dpi=120)
     pyplot.close()

@@ -29,7 +29,7 @@ from typing import Callable, Literal, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -153,13 +153,13 @@ def load_album(folder, report: Counter) -> list[Captioned]:
 
 
 def write_toy_album(folder: Path, n: int, seed: str, text: Callable) -> None:
-    """n toy pictures in MiniGPT-4's layout, and scenes.json with what is true of them. Written once."""
-    if not (folder / "scenes.json").exists():
-        rng = random.Random(seed)
-        scenes = [toy.pick_scene(rng) for _ in range(n)]
+    """n toy pictures in MiniGPT-4's layout, and scenes.json with what is true of them. Written once for this seed."""
+    rng, note = random.Random(seed), folder / "scenes.json"
+    scenes = [toy.pick_scene(rng) for _ in range(n)]
+    if not note.exists() or json.loads(note.read_text()) != json.loads(json.dumps(scenes)):
         pictures = [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)]
         toy.write_album(folder, pictures, [text(s, rng) for s in scenes])
-        (folder / "scenes.json").write_text(json.dumps(scenes))
+        note.write_text(json.dumps(scenes))
 
 
 # -- stage 0: the encoder learns to name what it sees --------------------------------------------------------
@@ -696,11 +696,12 @@ def show(e: Exam, replies: Sequence[str], path: Path) -> None:
         sheet.paste(picture, (260 * column + 10, 10))
         words, lines = (replies[i] + ("" if i in right else "  [wrong]")).split(), [""]
         for word in words:
-            if len(lines[-1]) + len(word) > 38:
+            if len(lines[-1]) + len(word) > 32:
                 lines.append("")
             lines[-1] += word + " "
         color = "black" if i in right else "firebrick"
-        pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:5]), fill=color)
+        pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:4]), fill=color,
+                           font=ImageFont.load_default(15))
     sheet.save(path)
 
 

@@ -144,6 +144,27 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=0.01) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.parametrize("parameters, lora_rank, rate", [(1e6, 0, 1e-3), (1e6, 2, 1e-2), (2e9, 0, 2e-5), (2e9, 2, 2e-4)])
+def test_large_models_learn_slowly(files, base, tmp_path, monkeypatch, parameters, lora_rank, rate):
+    """Whatever --preset says: --init=llama-7b alone must not be fine-tuned at a small model's rate."""
+    monkeypatch.setattr(model, "count", lambda config: parameters)
+    sft(files, base, tmp_path, steps=1, lora_rank=lora_rank)
+    assert model.load(tmp_path / "sharegpt")[2]["settings"]["learning_rate"] == pytest.approx(rate)
+
+
+def test_toy_data_are_those_of_these_sizes_and_this_seed(tmp_path):
+    sizes = dict(documents=3, instructions=3, conversations=3)
+    paths = train_sft.write_toy_data(tmp_path, sizes, seed=0)
+    first = {name: path.read_bytes() for name, path in paths.items()}
+    before = paths["base"].stat().st_mtime_ns
+    train_sft.write_toy_data(tmp_path, sizes, seed=0)
+    assert paths["base"].stat().st_mtime_ns == before
+    train_sft.write_toy_data(tmp_path, sizes, seed=1)
+    assert all(path.read_bytes() != first[name] for name, path in paths.items())
+    train_sft.write_toy_data(tmp_path, dict(sizes, documents=4), seed=0)
+    assert len(paths["base"].read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(data="missing.json"), "no such file"),
     (dict(stage="pretrain"), "needs plain text"),
