@@ -17,7 +17,6 @@ import inspect
 import math
 import re
 import sys
-import types
 from typing import Callable, Literal, NoReturn, Optional, Union, get_args, get_origin
 
 
@@ -32,9 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _Once(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
-        if self.dest in namespace.given:
+        if hasattr(namespace, self.dest):
             parser.error(f"--{self.dest} is given twice")
-        namespace.given.add(self.dest)
         setattr(namespace, self.dest, value)
 
 
@@ -45,8 +43,8 @@ def comments(cls: type) -> dict[str, str]:
 
 def _reader(name: str, kind) -> Callable[[str], object]:
     """A function from the text after `--name=` to a value of type `kind`, or a Problem."""
-    if get_origin(kind) in (Union, types.UnionType):  # Optional[X]
-        kind = next(k for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is Union:  # Optional[X]
+        kind = get_args(kind)[0]
 
     def read(text: str):
         if get_origin(kind) is Literal:
@@ -72,38 +70,35 @@ def _reader(name: str, kind) -> Callable[[str], object]:
     return read
 
 
-def from_cli(cls: type, argv: Optional[list[str]] = None, presets: Optional[dict] = None, prog: Optional[str] = None):
+def from_cli(cls: type, argv: list[str], presets: Optional[dict] = None, prog: Optional[str] = None):
     """Builds `cls` from `[preset] --key=value ...`. Raises Problem for anything it does not understand."""
-    argv = sys.argv[1:] if argv is None else argv
     notes, fields = comments(cls), dataclasses.fields(cls)
     parser = _Parser(prog=prog, allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    positional = [f.name for f in fields if f.default is dataclasses.MISSING]
-    for name in positional:
-        parser.add_argument(name, help=notes.get(name, "").replace("%", "%%"))
-    if presets:
-        parser.add_argument("presets", metavar="preset", nargs="?", help="one of: " + ", ".join(presets))
+                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in fields:
-        if f.name not in positional:
+        note = notes.get(f.name, "").replace("%", "%%")
+        if f.default is dataclasses.MISSING:
+            parser.add_argument(f.name, help=note)
+        else:
             flag = dict(nargs="?", const=True) if f.type is bool else {}
-            parser.add_argument("--" + f.name, type=_reader(f.name, f.type), action=_Once, default=None, **flag,
+            parser.add_argument("--" + f.name, type=_reader(f.name, f.type), action=_Once, **flag,
                                 metavar=getattr(f.type, "__name__", "VALUE").upper(),
-                                help=f"{notes.get(f.name, '')} (default: {f.default})".replace("%", "%%"))
+                                help=f"{note} (default: {f.default})")
+    if presets:
+        parser.add_argument("preset_", metavar="preset", nargs="?", help="one of: " + ", ".join(presets))
     # accept - for _ in names, and say which option was meant when one is unknown
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    space, extra = parser.parse_known_args(argv, argparse.Namespace(given=set()))
+    space, extra = parser.parse_known_args(argv)
     if extra:
         near = difflib.get_close_matches(extra[0].split("=")[0], ["--" + f.name for f in fields], 1, 0.5)
         raise Problem(f"unknown option {extra[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    values = {}
-    if presets and space.presets:
-        if space.presets not in presets:
-            near = difflib.get_close_matches(space.presets, presets, 1)
-            raise Problem(f"unknown preset {space.presets}" + (f"; did you mean {near[0]}?" if near else
-                          f"; there are {', '.join(presets)}"))
-        values.update(presets[space.presets])
-    values.update({name: getattr(space, name) for name in positional + sorted(space.given)})
-    return cls(**values)
+    given = vars(space)  # what stood in argv, and nothing else
+    preset = given.pop("preset_", None)
+    if preset and preset not in presets:
+        near = difflib.get_close_matches(preset, presets, 1)
+        raise Problem(f"unknown preset {preset}; " + (f"did you mean {near[0]}?" if near else
+                      f"there are {', '.join(presets)}"))
+    return cls(**{**(presets[preset] if preset else {}), **given})
 
 
 def describe(cfg) -> str:
@@ -117,16 +112,14 @@ def run(main: Callable, cls, presets: Optional[dict] = None) -> None:
     "" is the one that need not be named."""
     script, argv = sys.argv[0].split("/")[-1], sys.argv[1:]
     try:
-        if isinstance(cls, dict) and "" in cls and (not argv or argv[0].startswith("-")):
-            main, cls = cls[""]
-        elif isinstance(cls, dict):
-            if not argv or argv[0] not in cls:
-                asked = argv[0] if argv and not argv[0].startswith("-") else ""
-                near = difflib.get_close_matches(asked, cls, 1)
-                raise Problem(f"unknown command {asked}; did you mean {near[0]}?" if near else
+        if isinstance(cls, dict):
+            word = argv[0] if argv and not argv[0].startswith("-") else ""
+            if word not in cls:
+                near = difflib.get_close_matches(word, cls, 1)
+                raise Problem(f"unknown command {word}; did you mean {near[0]}?" if near else
                               f"say what to do: python {script} {'|'.join(filter(None, cls))} ...")
-            main, cls = cls[argv[0]]
-            script, argv = f"{script} {argv[0]}", argv[1:]
+            main, cls = cls[word]
+            script, argv = f"{script} {word}".strip(), argv[bool(word):]
         main(from_cli(cls, argv, presets, prog=script))
     except Problem as problem:
         sys.exit(f"{script}: {problem}")

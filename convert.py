@@ -13,7 +13,6 @@ Letters in the shape comments: N rows (outputs), K columns (inputs) of a matrix,
 
 import json
 import math
-import pickle
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -35,44 +34,25 @@ from config import Problem, run
 
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or PyTorch file. Nothing is read before its use, and no code is run."""
-    try:
-        with open(path, "rb") as f:
-            head = f.read(200)
-    except FileNotFoundError:
-        raise Problem(f"{path} is missing; fetch it") from None
+    with open(path, "rb") as f:
+        head = f.read(200)
     if head.startswith(b"version https://git-lfs"):
         raise Problem(f"{path} is a Git-LFS pointer, not the weights; run `git lfs pull` in its folder")
     if head.lstrip()[:1] == b"<":
         raise Problem(f"{path} is a web page (a login or a quota notice?), not the weights; fetch it again")
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return _open_pickle(path)
-
-
-def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        import safetensors.torch
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+            return safetensors.torch.load_file(path)  # mapped, too
+        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # a zip file, as since 2020
     except ImportError:
         raise Problem(f"{path} takes the library of its format: pip install safetensors") from None
-    try:
-        return safetensors.torch.load_file(path)  # mapped, too
-    except safetensors.SafetensorError as error:
-        raise Problem(f"{path} is cut off or no safetensors file ({error}); fetch it again") from None
-
-
-def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """What torch.save writes since 2020: a zip file, which can be mapped."""
-    try:
-        found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if not wanted:
-            raise Problem(f"{path} is cut off or no PyTorch file; fetch it again") from None
-        raise Problem(f"{path} wants to run {wanted[1]} when it is opened: refused. Weights need no code; "
-                      "fetch a safetensors version") from None
-    except (RuntimeError, ValueError, LookupError, EOFError) as error:
-        why = str(error).splitlines()[0]
-        raise Problem(f"{path} is cut off or no PyTorch file ({why}); fetch it again") from None
+    except Exception as error:  # each library has kinds of its own
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise Problem(f"{path} wants to run {wanted[1]} when it is opened: refused. Weights need no code; "
+                          "fetch a safetensors version") from None
+        why = " ".join(str(error).split())[:200]
+        raise Problem(f"{path} is cut off or damaged ({why}); fetch it again") from None
     for wrapper in ("model", "state_dict", "module"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
@@ -81,22 +61,6 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise Problem(f"{path} holds no named tensors; give the file with the weights")
     return tensors
-
-
-class File:
-    """One file of weights. What was read of a mapping counts as our memory until the mapping goes, so it is
-    made anew after every 16 MB."""
-
-    def __init__(self, path: Path):
-        self.path, self.tensors, self.read = path, open_tensors(path), 0
-
-    def take(self, key: str) -> torch.Tensor:
-        if self.read > 2 ** 24:
-            self.tensors, self.read = None, 0  # the old mapping goes first
-            self.tensors = open_tensors(self.path)
-        tensor = self.tensors[key]
-        self.read += tensor.nbytes
-        return tensor
 
 
 PREFIX = re.compile(r"^(module\.|llama_model\.|base_model\.|model\.)+")  # wrappers leave these in front
@@ -108,18 +72,23 @@ class Weights:
     """The tensors of one or several files under their common names. Every name has to be accounted for."""
 
     def __init__(self, files: list[Path]):
-        self.home = {}
-        for file in map(File, files):
-            for key in file.tensors:
-                self.home[PREFIX.sub("", key)] = file, key
+        self.open, self.read = {file: open_tensors(file) for file in files}, 0
+        self.home = {PREFIX.sub("", key): (file, key) for file, tensors in self.open.items() for key in tensors}
 
     def shape(self, name: str) -> tuple:
         file, key = self.home[name]
-        return tuple(file.tensors[key].shape)
+        return tuple(self.open[file][key].shape)
 
     def take(self, name: str) -> torch.Tensor:
+        """What was read of a mapping counts as our memory until the mapping goes: made anew after every 16 MB."""
         file, key = self.home[name]
-        return file.take(key)
+        if self.read > 2 ** 24:
+            self.open, self.read = {}, 0  # the old mappings go first
+        if file not in self.open:
+            self.open[file] = open_tensors(file)
+        tensor = self.open[file][key]
+        self.read += tensor.nbytes
+        return tensor
 
     def account(self, wanted: list[str], leftovers: re.Pattern, where) -> None:
         """Raises Problem unless exactly the wanted names are there, and nothing unknown besides."""
@@ -183,17 +152,17 @@ class Source(NamedTuple):
 def open_folder(folder) -> Source:
     """Recognises our folder, Meta's and Hugging Face's, accounts for every tensor, reads no weights."""
     folder = model.find(folder)
-    if (folder / "meta.json").exists():
-        source = _ours(folder)
-    elif (folder / "params.json").exists():
-        source = _meta(folder)
-    elif (folder / "config.json").exists():
-        source = _hugging_face(folder)
-    elif (folder / "adapter_config.json").exists():
+    layouts = {"meta.json": _ours, "params.json": _meta, "config.json": _hugging_face}
+    mark = next((name for name in layouts if (folder / name).exists()), None)
+    if mark is None and (folder / "adapter_config.json").exists():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "its base")
         raise Problem(f"{folder} is a LoRA adapter, not a model; merge it into {base} first")
-    else:
+    if mark is None:
         raise Problem(f"{folder} has neither meta.json (ours), params.json (Meta's) nor config.json")
+    try:
+        source = layouts[mark](folder)
+    except KeyError as error:
+        raise Problem(f"{folder / mark} does not say {error}; fetch it again") from None
     pieces, rows = data.Tokenizer(source.tokenizer).vocab_size, source.config.vocab_size
     extra = rows - pieces  # Vicuna v0 has one row more than pieces, others a few
     if extra < 0 or (source.layout != "ours" and extra >= 1024):
@@ -202,20 +171,9 @@ def open_folder(folder) -> Source:
     return source
 
 
-class Settings(dict):
-    """A JSON object of somebody else's; what it should say and does not is a Problem."""
-
-    def __init__(self, path: Path, values: dict):
-        super().__init__(values)
-        self.path = path
-
-    def __missing__(self, key: str):
-        raise Problem(f"{self.path} does not say {key}; fetch it again")
-
-
-def read_json(path: Path) -> Settings:
+def read_json(path: Path) -> dict:
     try:
-        return Settings(path, json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise Problem(f"{path} is damaged ({error}); fetch it again") from None
 
@@ -394,12 +352,6 @@ def fill(net: nn.Module, fetch: Callable, where, dtype: torch.dtype, device: str
     net.load_state_dict(state, assign=True)
 
 
-def load_llama(folder, **options) -> tuple[model.LLaMA, data.Tokenizer]:
-    """The same, in two words."""
-    net, path, _ = load(folder, **options)
-    return net, data.Tokenizer(path)
-
-
 def size(net: nn.Module) -> int:
     """Bytes of everything that a forward pass reads."""
     return sum({t.data_ptr(): t.nbytes for t in [*net.parameters(), *net.buffers()]}.values())
@@ -468,20 +420,26 @@ def load_qformer(path, device: str = "cpu") -> vision.QFormer:
     return qformer.eval()
 
 
+def only(folder: Path, *names: str) -> Path:
+    found = sorted(path for name in names for path in folder.glob(name))
+    if len(found) != 1:
+        raise Problem(f"{folder} holds {len(found) or 'no'} {' or '.join(names)}; exactly one is needed")
+    return found[0]
+
+
+def load_encoder(folder, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[vision.ViT, vision.QFormer]:
+    """EVA's file and BLIP-2's, of a folder that holds both under their published names."""
+    eva, blip2 = only(Path(folder), EVA), only(Path(folder), BLIP2)
+    return load_vit(eva, dtype, device), load_qformer(blip2, device)
+
+
 def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: str = "cpu",
                   quantize: Optional[str] = None) -> tuple[vision.MiniGPT4, Path, dict]:
     """A folder with the four downloads under their published names: eva_vit_g.pth, pretrained_minigpt4.pth,
     blip2_pretrained_flant5xxl.pth, and the folder of the language model. Returns what model.load does."""
     folder = Path(folder)
-
-    def only(*names: str) -> Path:
-        found = sorted(path for name in names for path in folder.glob(name))
-        if len(found) != 1:
-            raise Problem(f"{folder} holds {len(found) or 'no'} {' or '.join(names)}; exactly one is needed")
-        return found[0]
-
-    eva, blip2, own = only(EVA), only(BLIP2), only(MINIGPT4)
-    llama_folder = only("*/config.json", "*/params.json").parent
+    own, llama_folder = only(folder, MINIGPT4), only(folder, "*/config.json", "*/params.json").parent
+    only(folder, EVA), only(folder, BLIP2)
     weights = Weights([own])  # first: what does not fit should be known before 13 GB are read
     weights.account(["llama_proj.weight", "llama_proj.bias"], MINIGPT4_LEFTOVERS, own)
     width, needed = weights.shape("llama_proj.weight")[0], open_folder(llama_folder).config.dim
@@ -490,10 +448,7 @@ def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: 
                       f"{needed}: the projections for 7B (4096) and 13B (5120) are different files; fetch "
                       "the other one")
     llama, tokenizer, meta = load(llama_folder, dtype, device, quantize)
-    vit = load_vit(eva, llama.tok_embeddings.weight.dtype, device)
-    net = vision.MiniGPT4(llama, vit, load_qformer(blip2, device))
-    with torch.device("meta"):
-        net.llama_proj = nn.Linear(net.qformer.config.dim, width)
+    net = vision.MiniGPT4(llama, *load_encoder(folder, llama.tok_embeddings.weight.dtype, device))
     fill(net.llama_proj, lambda name: weights.take(f"llama_proj.{name}"), own, torch.float32, device)
     return net.eval(), tokenizer, {**meta, "template": "minigpt4"}
 
@@ -710,9 +665,7 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
         table += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", one.id, offset)
         offset += math.prod(shape) // one.weights * one.bytes
         offset += -offset % 32
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as f:
+    with data.writing(path, "wb") as f:
         f.write(b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(keys)))
         f.write(b"".join(_string(key) + _value(value) for key, value in keys.items()) + table)
         f.write(b"\0" * (-f.tell() % 32))
@@ -722,7 +675,6 @@ def write_gguf(folder, path, quantize: Optional[str] = None) -> int:
             raw = weight.to(plain[kind]) if kind in plain else quantize_rows(weight, kind)
             f.write(raw.contiguous().numpy().tobytes())
             f.write(b"\0" * (-f.tell() % 32))
-    partial.replace(path)
     return path.stat().st_size
 
 

@@ -3,7 +3,8 @@
     python train_sft.py && python train_vlm.py     # toy pictures: all stages, then the table
     python train_vlm.py --fast                     # the same, too short to learn much
     python train_vlm.py --images=FOLDER            # your pictures: image/ID.jpg and filter_cap.json
-    python train_vlm.py minigpt4-7b --stage=2 --images=cc_sbu_align --init=out/vicuna-7b --vision=out/blip2
+    python train_vlm.py minigpt4-7b --stage=1 --images=FOLDER         # published sizes; their files in minigpt4/
+    python train_vlm.py minigpt4-7b --stage=2 --images=cc_sbu_align   # after stage 1
 
 Stages, each of them a folder under --out that is trained once and goes on where it was interrupted:
   vision    0: stands in for the published EVA and BLIP-2 weights. ViT and Q-Former learn to name what they
@@ -47,7 +48,7 @@ class VLMConfig:
     stage: Literal["all", "0", "1", "curate", "2"] = "all"  # one of them alone
     images: str = ""  # folder of pictures with captions; toy pictures when not given
     init: str = "out/vicuna"  # the language model
-    vision: str = ""  # checkpoint of ViT and Q-Former; stage 0 trains one when not given
+    vision: str = ""  # ViT and Q-Former: our checkpoint or the published files; stage 0 trains them when not given
     out: str = "out"  # folder of the run
     teacher: str = ""  # repairs descriptions: MODEL@URL or a checkpoint; the toy oracle when not given
     review: bool = False  # accept, edit or drop every curated description yourself
@@ -82,8 +83,8 @@ RECIPES = {
                   beta2=0.999, clip=1e9),
         "2": dict(steps=1000, batch_size=12, learning_rate=3e-5, warmup=0.2, min_lr=1 / 3, seq_len=256,
                   weight_decay=0.05, beta2=0.999, clip=1e9)}}
-PRESETS = {"minigpt4-7b": dict(recipe="published", init="out/vicuna-7b", vision="out/blip2"),
-           "minigpt4-13b": dict(recipe="published", init="out/vicuna-13b", vision="out/blip2")}
+PRESETS = {name: dict(recipe="published", init=f"{folder}/vicuna", vision=folder, out=f"out/{name}")
+           for name, folder in (("minigpt4-7b", "minigpt4"), ("minigpt4-13b", "minigpt4-13b"))}
 TOY = dict(alt=4000, curate=1000, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 

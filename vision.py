@@ -13,7 +13,6 @@ the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4
 Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T: LLaMA's.
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -381,9 +380,12 @@ class MiniGPT4(nn.Module):
 # -- checkpoints: what learned is in the file, what was frozen is named in meta.json -------------------------
 
 def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
-    """ViT and Q-Former of a folder that stage 0 has written, and its meta.json."""
+    """ViT and Q-Former of a folder that stage 0 has written, and its meta.json; or of EVA's and BLIP-2's files."""
     step = model.find(folder)
-    meta = json.loads((step / "meta.json").read_text())
+    if not (step / "meta.json").exists():
+        import convert
+        return (*convert.load_encoder(step), {})
+    meta = model.read_meta(step)
     if "vit" not in meta["config"]:
         raise Problem(f"{folder} holds no ViT and Q-Former; `python train_vlm.py --stage=0` trains some")
     network = nn.Module()
@@ -400,8 +402,7 @@ def load(folder, device: str = "cpu", **options) -> tuple[Union[model.LLaMA, Min
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     step = model.find(folder)
-    meta = step / "meta.json"
-    made_with = json.loads(meta.read_text()).get("settings", {}) if meta.exists() else {}
+    made_with = model.read_meta(step).get("settings", {}) if (step / "meta.json").exists() else {}
     if "vision" not in made_with:
         return model.load(step, device=device, **options)
     parts = {}
@@ -409,7 +410,7 @@ def load(folder, device: str = "cpu", **options) -> tuple[Union[model.LLaMA, Min
         path = Path(made_with[part])
         if not path.exists():  # the folder of runs was moved
             path = step.parent.parent / path.parent.name / path.name
-        if not (path / "model.pt").exists():
+        if not path.exists():
             raise Problem(f"{folder} needs its {part} part, {made_with[part]}, which is gone")
         if model.fingerprint(path) != made_with[f"{part}_crc"]:
             raise Problem(f"{path} was trained again since {folder} learned from it; train that again too")

@@ -27,6 +27,7 @@ import model
 import sample
 import toy
 import train_sft
+import train_vlm
 import vision
 from test_model import close
 
@@ -118,11 +119,11 @@ def hugging_face(layout: str, folder: Path, tokenizer, pickled: bool = False, sh
 def test_hugging_face(layout, pickled, shards, old, tmp_path, tokenizer):
     """Without the permutation of q and k, or with the wrong number of heads for k, the logits are unrelated."""
     theirs = hugging_face(layout, tmp_path / layout, tokenizer, pickled, shards, old)
-    net, words = convert.load_llama(tmp_path / layout)
+    net, words, _ = convert.load(tmp_path / layout)
     ids = some_ids(tokenizer.vocab_size)
     with torch.no_grad():
         close(net(ids), theirs(ids).logits, f"{layout} from Hugging Face's files")
-    assert words.vocab_size == tokenizer.vocab_size
+    assert data.Tokenizer(words).vocab_size == tokenizer.vocab_size
     if layout == "tied":
         assert net.output.weight is net.tok_embeddings.weight
     assert net.config.max_seq_len == (256 if "16k" in layout else 64)
@@ -186,9 +187,9 @@ def meta_folder(folder: Path, net: model.LLaMA, tokenizer, shards: int) -> None:
 def test_meta(shards, kv_heads, tmp_path, tokenizer):
     net = ours(tokenizer.vocab_size, n_kv_heads=kv_heads)
     meta_folder(tmp_path / "7B", net, tokenizer, shards)
-    loaded, words = convert.load_llama(tmp_path / "7B")
+    loaded, words, _ = convert.load(tmp_path / "7B")
     ids = some_ids(tokenizer.vocab_size)
-    assert torch.equal(loaded(ids), net(ids)) and words.path == tmp_path / "tokenizer.model"
+    assert torch.equal(loaded(ids), net(ids)) and words == tmp_path / "tokenizer.model"
     assert loaded.config == model.LLaMAConfig(**{**SHAPE, "n_kv_heads": kv_heads, "max_seq_len": 2048,
                                                  "vocab_size": tokenizer.vocab_size})
 
@@ -592,6 +593,26 @@ def published_minigpt4(folder: Path, tokenizer):
     return twin, slot
 
 
+def training_starts_from_published_files(tmp_path, net):
+    """One step of stage 1; the result names the files that it stands on, and is opened with them."""
+    (tmp_path / "album").mkdir()
+    for name in "ab":
+        Image.new("RGB", (40, 30), "blue").save(tmp_path / "album" / f"{name}.png")
+    captions = {f"{name}.png": "a blue field" for name in "ab"}
+    (tmp_path / "album" / "captions.json").write_text(json.dumps(captions))
+    done = train_vlm.main(train_vlm.VLMConfig(
+        recipe="published", init=str(tmp_path / "m" / "vicuna"), vision=str(tmp_path / "m"), stage="1", steps=1,
+        images=str(tmp_path / "album"), out=str(tmp_path / "out"), batch_size=2, device="cpu", dtype="float32"))
+    again, _, _ = vision.load(done["folder"])
+    for part in ("vit", "qformer", "llama"):
+        theirs = getattr(net, part).state_dict()
+        assert all(torch.equal(w, theirs[name]) for name, w in getattr(again, part).state_dict().items()), part
+    (tmp_path / "m" / "blip2_pretrained_flant5xxl.pth").rename(tmp_path / "kept")
+    with pytest.raises(config.Problem, match="trained again"):
+        vision.load(done["folder"])
+    (tmp_path / "kept").rename(tmp_path / "m" / "blip2_pretrained_flant5xxl.pth")
+
+
 def test_minigpt4(tmp_path, tokenizer):
     """All keys of all four files accounted for; logits for text with a picture equal transformers'. Then the files
     are spoilt one by one."""
@@ -610,6 +631,7 @@ def test_minigpt4(tmp_path, tokenizer):
     said = sample.main(sample.SampleConfig(ckpt=str(tmp_path / "m"), image=str(tmp_path / "red.png"), quantize="q4",
                                            prompt="What is this?", max_new_tokens=4))
     assert said["rounds"] == 1 and meta["template"] == "minigpt4"
+    training_starts_from_published_files(tmp_path, net)
     del twin, net
 
     def spoilt(file: str, change, *words: str) -> None:
