@@ -714,19 +714,15 @@ def oasst_conversations(records: Iterable, report: Report, pick: str = "all", sy
             loose[key] = {**record, "replies": []}
         else:
             report.add(f"record_{number}", "dropped: neither a tree, a thread nor a message")
-    stack = []
     for key, m in loose.items():
         if m.get("parent_id") is None:
             roots.append((str(m.get("message_tree_id") or key), m.get("tree_state"), m))
-            stack.append(m)
         elif str(m["parent_id"]) in loose:
             loose[str(m["parent_id"])]["replies"].append(m)
-    reached = set()
-    while stack:
-        m = stack.pop()
-        reached.add(str(m["message_id"]))
-        stack += m["replies"]
-    for key in loose.keys() - reached:  # the parent is missing, or they are each other's parents
+    reached = [m for m in loose.values() if m.get("parent_id") is None]
+    for m in reached:  # it grows on the way
+        reached += m["replies"]
+    for key in loose.keys() - {str(m["message_id"]) for m in reached}:  # no parent, or each other's parents
         report.add(key, "dropped: no path from a first message leads to it")
     for name, state, root in roots:
         if state not in (None, "ready_for_export"):

@@ -18,7 +18,6 @@ import getpass
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -177,11 +176,8 @@ class Kept:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    with data.writing(path) as file:
+        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
 # -- answers -------------------------------------------------------------------------------------------------
@@ -634,16 +630,13 @@ def chair(captions: Sequence[str], present: Sequence[set], mentioned: Callable =
                 sentences=sum(map(bool, wrong)) / count, words=sum(len(c.split()) for c in captions) / count)
 
 
-def pope_questions(scene: toy.Scene, rng: random.Random, each: int = 1) -> list[toy.Question]:
-    """POPE: "is there ...?", as many true as untrue; the untrue mostly mix what is there (adversarial)."""
-    wanted, questions = {"yes": each, "no": each}, []
-    for _ in range(100 * each):  # a scene of equal objects has no question with the answer yes
-        q = toy.ask_scene("exists", scene, rng)
-        truth = q and next(iter(q.truth["yesno"]))
-        if q and wanted[truth]:
-            wanted[truth] -= 1
-            questions.append(q)
-    return questions
+def pope_questions(scene: toy.Scene, rng: random.Random) -> list[toy.Question]:
+    """POPE: "is there ...?", one true and one untrue; the untrue mostly mix what is there (adversarial)."""
+    found: dict = {}
+    for _ in range(100):  # a scene of equal objects has no question with the answer yes
+        if q := toy.ask_scene("exists", scene, rng):
+            found.setdefault(next(iter(q.truth["yesno"])), q)
+    return list(found.values())
 
 
 def pope(questions: Sequence[toy.Question], replies: Sequence[str]) -> dict:

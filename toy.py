@@ -565,18 +565,15 @@ def document(rng: random.Random) -> str:
     if rng.random() < 0.5:
         while not (q := ask_scene(rng.choice(("count", "gone", "paint", "draw", "be", "story")), scene, rng)):
             pass
-        lines.append(q.full if q.kind not in ("gone", "paint") else aside(q, rng))
+        lines.append(q.full if q.kind not in ("gone", "paint") else aside(q))
     return " ".join(lines)
 
 
-def aside(q: Question, rng: random.Random) -> str:
+def aside(q: Question) -> str:
     """A supposition in plain text: what the question supposes, then what follows."""
     ref = re.search(r"the ((?:\w+ )*?(?:%s))" % "|".join(SHAPES), q.text.lower())
-    if not ref:
-        return q.full
-    if q.kind == "gone":
-        return f"Suppose the {ref[1]} were gone. " + q.full
-    return f"Suppose the {ref[1]} were {next(iter(q.truth['color']))}. " + q.full
+    what = "gone" if q.kind == "gone" else next(iter(q.truth["color"]))
+    return f"Suppose the {ref[1]} were {what}. {q.full}" if ref else q.full
 
 
 def fact(name: str, rng: random.Random) -> str:

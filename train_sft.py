@@ -354,8 +354,6 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
     optimizer = make_optimizer(net, cfg)  # after shard(): it must see the shards
     if optimizer_state:
         set_optimizer_state_dict(net, optimizer, optimizer_state, options=WHOLE)
-    if machine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
     log = folder / "metrics.jsonl"
     lines = log.read_text().splitlines()[:start] if log.exists() else []  # one a step; what follows is done again
     losses, used, seen, saved_at = [json.loads(line)["loss"] for line in lines], 0.0, 0, time.time()
@@ -381,9 +379,8 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
         machine.wait()
 
     if machine.rank == 0:
-        partial = log.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        os.replace(partial, log)
+        with data.writing(log) as file:
+            file.writelines(line + "\n" for line in lines)
     with StopSignal() as stop, open(log if machine.rank == 0 else os.devnull, "a") as metrics, \
             tqdm(total=cfg.steps, initial=start, desc=name, dynamic_ncols=True, mininterval=0.5,
                  disable=machine.rank > 0) as bar:
@@ -460,7 +457,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows, toke
     elif network is not None:
         net = network
     elif parent:
-        net = adopt(parent, tokenizer, machine)
+        net = model.load(parent, mmap=machine.sharded)[0]
     else:
         torch.manual_seed(cfg.seed)
         net = model.LLaMA(model.LLaMAConfig(**{**shape, "vocab_size": tokenizer.vocab_size,
@@ -538,17 +535,6 @@ def explained(cfg: SFTConfig, machine: Machine, folder: Path):
             raise Problem(f"rank {machine.rank} waited in vain for another process ({text.split('. ')[0]}); what is saved "
                           f"in {folder} is intact: run the same command again") from None
         raise
-
-
-def adopt(parent: str, tokenizer: data.Tokenizer, machine: Machine) -> model.LLaMA:
-    """The model to fine-tune; its tokenizer must be the one the data were encoded with."""
-    net, path, _ = model.load(parent, mmap=machine.sharded)
-    if path.read_bytes() != tokenizer.path.read_bytes():
-        raise Problem(f"{parent} has another tokenizer than {tokenizer.path}; leave --tokenizer out to use its own")
-    if tokenizer.vocab_size > net.config.vocab_size:
-        raise Problem(f"the tokenizer has {tokenizer.vocab_size} pieces, the model of {parent} only "
-                      f"{net.config.vocab_size} rows")
-    return net
 
 
 def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTConfig) -> data.Rows:
@@ -638,7 +624,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
     template = cfg.template or data.default_template(path)
     if parent:
         known, words, _ = model.peek(parent)
-        tokenizer, room = tokenizer or data.Tokenizer(words), known.max_seq_len
+        tokenizer, room = data.Tokenizer(words), known.max_seq_len
         if cfg.seq_len > room:
             raise Problem(f"--seq_len={cfg.seq_len} is more than the {room} positions of {parent}")
     rows = conversation_rows(path, template, tokenizer, cfg)
@@ -651,45 +637,37 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
 
 def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     """--data alone: what the file is decides what happens, and the choice is printed."""
-    name, base = Path(cfg.data).stem.split(".")[0], Path(cfg.out) / "base"
-    kind = data.kind_of(cfg.data)
-    if kind == "text":
+    name, out, kind = Path(cfg.data).stem.split(".")[0], Path(cfg.out), data.kind_of(cfg.data)
+    trained = dict(folder=str(out / name))
+    if kind in ("text", "documents"):
         if cfg.stage == "sft":
             raise Problem(f"{cfg.data} is plain text; --stage=sft needs conversations (ShareGPT or Alpaca format)")
         tokenizer = data.find_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
         print(f"{cfg.data} is plain text: pre-training a {cfg.preset} model on it"
               + ("" if tokenizer else f", with a tokenizer of {cfg.vocab_size} pieces trained on it"))
         pretrain(cfg, name, machine, cfg.data, tokenizer)
-        return dict(folder=str(Path(cfg.out) / name))
+        return trained
     if cfg.stage == "pretrain":
         raise Problem(f"{cfg.data} holds conversations ({kind}); --stage=pretrain needs plain text")
-    template = cfg.template or data.default_template(cfg.data)
-    if cfg.init:
-        print(f"{cfg.data} is {kind}: fine-tuning {cfg.init}, template {template}")
-        fine_tune(cfg, name, machine, cfg.data, cfg.init)
-        return dict(folder=str(Path(cfg.out) / name))
     texts = lambda: (t.text for c in data.stream_conversations(cfg.data, data.Report()) for t in c.turns)
-    if (base / "latest").exists():
-        tokenizer, sample = data.find_tokenizer(str(base)), "\n".join(itertools.islice(texts(), 200))
+    parent, why = cfg.init, f"there is no base model in {out / 'base'}"
+    if not parent and (out / "base" / "latest").exists():
+        tokenizer, sample = data.find_tokenizer(str(out / "base")), "\n".join(itertools.islice(texts(), 200))
         density = len(sample) / len(tokenizer.encode(sample))
-        if density > 1.5:
-            print(f"{cfg.data} is {kind}: fine-tuning {base} (its tokenizer gives {density:.1f} characters per token), "
-                  f"template {template}")
-            fine_tune(cfg, name, machine, cfg.data, str(base))
-            return dict(folder=str(Path(cfg.out) / name))
-        why = f"the tokenizer of {base} does not know this language ({density:.1f} characters per token)"
-    else:
-        why = f"there is no base model in {base}"
-    print(f"{cfg.data} is {kind}; {why}: training a tokenizer of at most {cfg.vocab_size} pieces and a small base on its "
-          f"own text first, template {template}")
-    text = Path(cfg.out) / "data" / f"{name}.txt"
-    if machine.rank == 0:
-        text.parent.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n\n".join(texts()))
-    machine.wait()
-    pretrain(replace(cfg, learning_rate=0.0, steps=cfg.steps or 400), name + "-base", machine, text)
-    fine_tune(cfg, name, machine, cfg.data, str(Path(cfg.out) / (name + "-base")))
-    return dict(folder=str(Path(cfg.out) / name))
+        why = f"the tokenizer of {out / 'base'} does not know this language ({density:.1f} characters per token)"
+        parent = str(out / "base") if density > 1.5 else ""
+    print(f"{cfg.data} is {kind}, template {cfg.template or data.default_template(cfg.data)}: "
+          + (f"fine-tuning {parent}" if parent else f"{why}, so a tokenizer of at most {cfg.vocab_size} pieces and a "
+             "small base are trained on its own text first"))
+    if not parent:
+        text, parent = out / "data" / f"{name}.txt", str(out / f"{name}-base")
+        if machine.rank == 0:
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("\n\n".join(texts()))
+        machine.wait()
+        pretrain(replace(cfg, learning_rate=0.0, steps=cfg.steps or 400), f"{name}-base", machine, text)
+    fine_tune(cfg, name, machine, cfg.data, parent)
+    return trained
 
 
 # -- the toy chain -------------------------------------------------------------------------------------------
@@ -739,12 +717,8 @@ def model_player(net: model.LLaMA, tokenizer: data.Tokenizer, template: str, sho
     """A player answers test items: items -> (replies, ended by itself). A base model's template is "lines"; `shots`
     are solved examples put before the question."""
     def play(items: list) -> tuple[list[str], list[bool]]:
-        conversations = []
-        for item in items:
-            turns = [data.Turn("user" if role == "user" else "assistant", text) for role, text in item.turns]
-            turns[0] = turns[0]._replace(text=shots + turns[0].text)
-            conversations.append(data.Conversation(turns))
-        return data.chat(net, tokenizer, template, conversations, max_new_tokens=64, batch=150)
+        turns = [[data.Turn(role, shots * (i == 0) + text) for i, (role, text) in enumerate(x.turns)] for x in items]
+        return data.chat(net, tokenizer, template, list(map(data.Conversation, turns)), max_new_tokens=64, batch=150)
     return play
 
 
@@ -759,8 +733,7 @@ def hidden_scene(play):
 
 def copier(records: list[dict]):
     """Control: the answer of the training question that shares most words (weighted by rarity) with this one."""
-    def words(text: str) -> set:
-        return set(text.lower().replace(",", " ").replace(".", " ").replace("?", " ").replace(":", " ").split())
+    words = lambda text: set(re.findall(r"[^\s,.?:]+", text.lower()))
     bags = [words(r["input"] + " " + r["instruction"]) for r in records]
     number = {w: i for i, w in enumerate(sorted(set().union(*bags)))}
     matrix = np.zeros((len(bags), len(number)), np.float32)

@@ -21,6 +21,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -182,6 +183,7 @@ class Sight(torch.nn.Module):
         self.head = torch.nn.Linear(config.qformer.dim, len(config.symbols))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.vit.checkpointing = self.checkpointing
         return self.head(self.qformer(self.vit(pixels)))  # (N, Q, symbols)
 
     def nll(self, tokens, labels, images, segments=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,7 +380,10 @@ def curate(job: "Job", net: vision.MiniGPT4, material: "Material") -> None:
             why = "kept as it was" if text == before else "repaired and kept"
             if job.cfg.review:
                 print(f"\n{album[i].path}\n{text}")
-                answer = input("[Enter] keep  [d] drop  or type a better text: ").strip()
+                try:
+                    answer = input("[Enter] keep  [d] drop  or type a better text: ").strip()
+                except EOFError:
+                    raise Problem("--review asks you about every description, but there is nobody to ask") from None
                 text, why = answer or text, "repaired and kept" if answer else why
                 why = "dropped: by you" if answer.lower() == "d" else why
         report[why] += 1
@@ -695,11 +700,7 @@ def show(e: Exam, replies: Sequence[str], path: Path) -> None:
     for column, i in enumerate(chosen):
         picture = Image.fromarray(e.pictures[i]).resize((240, 240), Image.Resampling.NEAREST)
         sheet.paste(picture, (260 * column + 10, 10))
-        words, lines = (replies[i] + ("" if i in right else "  [wrong]")).split(), [""]
-        for word in words:
-            if len(lines[-1]) + len(word) > 32:
-                lines.append("")
-            lines[-1] += word + " "
+        lines = textwrap.wrap(replies[i] + " [wrong]" * (i not in right), 32)
         color = "black" if i in right else "firebrick"
         pen.multiline_text((260 * column + 10, 256), "\n".join(lines[:4]), fill=color,
                            font=ImageFont.load_default(15))

@@ -186,10 +186,10 @@ def test_impossible_values(changes):
         train_sft.SFTConfig(**changes)
 
 
-def test_a_base_with_another_tokenizer_is_refused(base, tmp_path):
-    other = data.train_tokenizer(["some quite different text to learn pieces from"] * 30, 320, tmp_path / "t.model")
-    with pytest.raises(config.Problem, match="another tokenizer"):
-        train_sft.adopt(str(base), other, MACHINE)
+@pytest.mark.parametrize("stage", ["all", "pretrain"])
+def test_json_lines_of_documents_are_plain_text(files, tmp_path, stage):
+    train_sft.main(train_sft.SFTConfig(stage=stage, data=str(files["base"]), out=str(tmp_path), steps=1, **SMALL))
+    assert model.load(tmp_path / "pretrain")[2]["step"] == 1
 
 
 def test_an_unwritable_folder_is_one_line_and_not_a_traceback(files, base, tmp_path):
