@@ -777,24 +777,25 @@ def _oasst_paths(tree: str, root: dict, report: Report, pick: str, synthetic: bo
 
 # -- writing files -------------------------------------------------------------------------------------------
 
+def as_record(c: Conversation, kind: str = "sharegpt") -> dict:
+    if kind in ALPACA:
+        (asked, reply) = c.turns
+        return dict(id=c.id, instruction=asked.text, input=asked.input, output=reply.text, **c.extra)
+    messages = [{"from": "system", "value": c.system}] if c.system else []
+    for t in c.turns:
+        text = t.text + "\n" + t.input if t.input else t.text
+        messages.append({"from": "human" if t.role == "user" else "gpt", "value": text})
+    return dict(id=c.id, conversations=messages, **c.extra)
+
+
 def save_conversations(conversations: Iterable[Conversation], path, kind: str = "sharegpt") -> int:
     """As ShareGPT or Alpaca: a JSON array, or JSON lines for a name that ends in .jsonl. Returns how many."""
-    def record(c: Conversation) -> dict:
-        if kind in ALPACA:
-            (asked, reply) = c.turns
-            return dict(id=c.id, instruction=asked.text, input=asked.input, output=reply.text, **c.extra)
-        messages = [{"from": "system", "value": c.system}] if c.system else []
-        for t in c.turns:
-            text = t.text + "\n" + t.input if t.input else t.text
-            messages.append({"from": "human" if t.role == "user" else "gpt", "value": text})
-        return dict(id=c.id, conversations=messages, **c.extra)
-
     lines, n = str(path).endswith(".jsonl"), 0
     with writing(path) as file:
         file.write("" if lines else "[")
         for n, c in enumerate(conversations, 1):
             file.write("" if n == 1 else "\n" if lines else ",\n")
-            file.write(json.dumps(record(c), ensure_ascii=False))
+            file.write(json.dumps(as_record(c, kind), ensure_ascii=False))
         file.write("\n" if lines else "]\n")
     return n
 

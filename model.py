@@ -14,7 +14,6 @@ H heads, K key/value heads, D head width, V vocabulary, N supervised positions.
 Names and state_dict keys are Meta's, so a published consolidated.00.pth loads with strict=True.
 """
 
-import dataclasses
 import hashlib
 import json
 import math

@@ -156,17 +156,15 @@ class Chat:
         self.turns, self.system, self.pictures, self.waiting = [], None, [], None
 
     def save(self, path: str) -> None:
-        messages = [{"from": "system", "value": self.system}] if self.system else []
-        paths = iter(str(Path(p.path).resolve()) for p in self.pictures)
+        """As ShareGPT, with "images": [number of the round, file]. A loader would cut the chat at an empty reply, so such
+        a round is left out."""
+        paths, turns, images = iter(str(Path(p.path).resolve()) for p in self.pictures), [], []
         for asked, reply in zip(self.turns[::2], self.turns[1::2]):
-            if reply.text.strip():  # a loader would cut the chat at an empty message
-                text = asked.text + ("\n" + asked.input if asked.input else "")
-                messages += [{"from": "human", "value": text}, {"from": "gpt", "value": reply.text}]
-        record = dict(id="chat", conversations=messages)
-        if self.pictures:
-            record["images"] = [[i // 2, next(paths)] for i, turn in enumerate(self.turns) if turn.slots]
-        text = json.dumps([record], indent=1, ensure_ascii=False)
-        Path(path).write_text(text, encoding="utf-8")
+            seen = [[len(turns) // 2, next(paths)]] if asked.slots else []
+            if reply.text.strip():
+                turns, images = turns + [asked, reply], images + seen
+        chat = data.Conversation(turns, "chat", self.system, dict(images=images) if images else {})
+        Path(path).write_text(json.dumps([data.as_record(chat)], indent=1, ensure_ascii=False), encoding="utf-8")
 
     def load(self, path: str) -> None:
         chat, opened = data.load_conversations(path)[0], []

@@ -44,7 +44,6 @@ LEGS = {"spider": ("legs", 8), "ant": ("legs", 6), "bee": ("legs", 6), "dog": ("
         "cat": ("legs", 4), "bird": ("legs", 2), "car": ("wheels", 4), "bike": ("wheels", 2), "cart": ("wheels", 2),
         "hand": ("fingers", 5), "week": ("days", 7), "table": ("legs", 4), "stool": ("legs", 3)}
 WORDS = ("hello", "yes", "cat", "sun", "moon", "red", "tree", "fish", "go", "stop", "tea", "rain")
-CATEGORIES = ("generic", "knowledge", "roleplay", "common-sense", "fermi", "counterfactual", "coding", "math", "writing")
 
 
 class Object(NamedTuple):
@@ -261,7 +260,7 @@ def write_album(folder, pictures: Sequence[np.ndarray], captions: Sequence[str])
 @dataclass
 class Question:
     kind: str
-    category: str  # one of CATEGORIES, or "identity", "memory"
+    category: str  # one of judge.CATEGORIES, or "identity", "memory"
     text: str
     full: str  # the answer in a sentence, as in conversations
     short: str  # the terse one, as in single-turn instructions

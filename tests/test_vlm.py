@@ -507,6 +507,10 @@ def test_pictures_in_a_chat(speech, pictures, tmp_path):
     loaded.load(str(tmp_path / "chat.json"))
     assert loaded.turns == chat.turns and loaded.prompt() == chat.prompt()
     assert torch.equal(torch.cat([p.vectors for p in loaded.pictures]), torch.cat([p.vectors for p in chat.pictures]))
+    chat.turns[3] = data.Turn("assistant", "")  # stopped before the first word: that round is not saved
+    chat.save(str(tmp_path / "chat.json"))
+    loaded.load(str(tmp_path / "chat.json"))
+    assert loaded.turns == chat.turns[:2] + chat.turns[4:] and len(loaded.pictures) == 2
 
 
 def test_a_player_sees(speech, encoder, pictures, tmp_path):
