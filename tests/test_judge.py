@@ -545,12 +545,12 @@ def test_a_server_judges_and_nothing_paid_for_is_lost(tmp_path, capsys, fake):  
         with pytest.raises(Problem, match="HTTP 401.*same command goes on"):
             run(tmp_path, **options)
         kept = sum(len(lines(f)) for f in (tmp_path / "review").rglob("*.jsonl"))
-        assert kept == fake.answered >= 40
+        assert kept == len(fake.answered) >= 40
         fake.script = []
         figures = run(tmp_path, **options)
     finally:
         judge.teacher = plain
-    assert fake.answered == 160 and figures["pairs"][0]["n"] == 80  # each review was paid for once
+    assert len(fake.answered) == 160 and figures["pairs"][0]["n"] == 80  # each review was paid for once
     printed = capsys.readouterr()
     assert (
         "160 reviews to come from gpt-4@127.0.0.1: about" in printed.out
