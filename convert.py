@@ -438,9 +438,10 @@ def load_minigpt4(folder, dtype: Optional[torch.dtype] = torch.float32, device: 
     """A folder with the four downloads under their published names: eva_vit_g.pth, pretrained_minigpt4.pth,
     blip2_pretrained_flant5xxl.pth, and the folder of the language model. Returns what model.load does."""
     folder = Path(folder)
+    # first: what is missing or does not fit should be known before 13 GB are read
     own, llama_folder = only(folder, MINIGPT4), only(folder, "*/config.json", "*/params.json").parent
     only(folder, EVA), only(folder, BLIP2)
-    weights = Weights([own])  # first: what does not fit should be known before 13 GB are read
+    weights = Weights([own])
     weights.account(["llama_proj.weight", "llama_proj.bias"], MINIGPT4_LEFTOVERS, own)
     width, needed = weights.shape("llama_proj.weight")[0], open_folder(llama_folder).config.dim
     if width != needed:

@@ -654,11 +654,11 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     if not parent and (out / "base" / "latest").exists():
         tokenizer, sample = data.find_tokenizer(str(out / "base")), "\n".join(itertools.islice(texts(), 200))
         density = len(sample) / len(tokenizer.encode(sample))
-        why = f"the tokenizer of {out / 'base'} does not know this language ({density:.1f} characters per token)"
+        why = f"the tokenizer of {out / 'base'} gives {density:.1f} characters per token"
         parent = str(out / "base") if density > 1.5 else ""
     print(f"{cfg.data} is {kind}, template {cfg.template or data.default_template(cfg.data)}: "
-          + (f"fine-tuning {parent}" if parent else f"{why}, so a tokenizer of at most {cfg.vocab_size} pieces and a "
-             "small base are trained on its own text first"))
+          + (f"fine-tuning {parent}" + f" ({why})" * (not cfg.init) if parent else
+             f"{why}, so a tokenizer of at most {cfg.vocab_size} pieces and a small base are trained on its own text first"))
     if not parent:
         text, parent = out / "data" / f"{name}.txt", str(out / f"{name}-base")
         if machine.rank == 0:

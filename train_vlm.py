@@ -84,8 +84,9 @@ RECIPES = {
                   beta2=0.999, clip=1e9),
         "2": dict(steps=1000, batch_size=12, learning_rate=3e-5, warmup=0.2, min_lr=1 / 3, seq_len=256,
                   weight_decay=0.05, beta2=0.999, clip=1e9)}}
-PRESETS = {name: dict(recipe="published", init=f"{folder}/vicuna", vision=folder, out=f"out/{name}")
-           for name, folder in (("minigpt4-7b", "minigpt4"), ("minigpt4-13b", "minigpt4-13b"))}
+PRESETS = {
+    "minigpt4-7b": dict(recipe="published", init="minigpt4/vicuna", vision="minigpt4", out="out/minigpt4-7b"),
+    "minigpt4-13b": dict(recipe="published", init="minigpt4-13b/vicuna", vision="minigpt4-13b", out="out/minigpt4-13b")}
 TOY = dict(alt=4000, curate=1000, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 
@@ -158,10 +159,11 @@ def write_toy_album(folder: Path, n: int, seed: str, text: Callable) -> None:
     """n toy pictures in MiniGPT-4's layout, and scenes.json with what is true of them. Written once for this seed."""
     rng, note = random.Random(seed), folder / "scenes.json"
     scenes = [toy.pick_scene(rng) for _ in range(n)]
-    if not note.exists() or json.loads(note.read_text()) != json.loads(json.dumps(scenes)):
+    truth = json.dumps(scenes)
+    if not note.exists() or note.read_text() != truth:
         pictures = [toy.draw(s, rng) for s in tqdm(scenes, desc=f"drawing {folder}", leave=False)]
         toy.write_album(folder, pictures, [text(s, rng) for s in scenes])
-        note.write_text(json.dumps(scenes))
+        note.write_text(truth)
 
 
 # -- stage 0: the encoder learns to name what it sees --------------------------------------------------------
@@ -450,13 +452,10 @@ def read_captions(job: Job, album: Sequence[Captioned]) -> Job:
     cfg, path = job.cfg, Path(job.cfg.out) / "data" / "captions.json"
     said, _ = caption_symbols(album, 4)
     rng = random.Random(cfg.seed)
-    told = [(f"<Img>{' '.join(w for w in words if w != NOTHING)}</Img> {rng.choice((REQUEST, *INSTRUCTIONS))}", c.caption)
-            for words, c in zip(said, album)]
-    if job.machine.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([{"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}]}
-                                    for ask, answer in told]))
-    job.machine.wait()
+    told = [f"<Img>{' '.join(w for w in words if w != NOTHING)}</Img> {rng.choice((REQUEST, *INSTRUCTIONS))}"
+            for words in said]
+    data.save_conversations((data.Conversation([data.Turn("user", text), data.Turn("assistant", c.caption)])
+                             for text, c in zip(told, album)), path)
     train_sft.fine_tune(stage_config(cfg, "words"), "words", job.machine, path, cfg.init)
     return open_job(replace(cfg, init=str(Path(cfg.out) / "words")), job.machine)
 
