@@ -1,0 +1,1 @@
+"""What serves the seven files: configuration, checkpoints, runs, conversion, teachers."""

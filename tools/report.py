@@ -1,0 +1,217 @@
+"""Statistics of the judge's reviews: totals, preferences, intervals, biases, agreement."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+PAGE = Path(__file__).parent.parent / "assets" / "report.html"
+
+
+def listing(ids: Iterable) -> str:
+    return ", ".join(map(str, ids))
+
+
+def said_in(record: dict) -> list[str]:
+    """The replies of an answer record, MT-bench's or Vicuna's."""
+    choices = record.get("choices")
+    return choices[0]["turns"] if choices else [record.get("text")]
+
+
+def in_turns(texts: list[str]) -> str:
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"Turn {i}: {text}" for i, text in enumerate(texts, 1) if text)
+
+
+def winner(first: float, second: float) -> int:
+    """-1 if the first is higher, 1 if the second is, 0 for a tie."""
+    return (second > first) - (second < first)
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+def ratio(rows: list[dict], top: Callable, bottom: Callable = lambda row: 1) -> dict | None:
+    """sum(top) / sum(bottom) with a 95% bootstrap interval; None if the denominator is zero.
+
+    Resamples questions with replacement, 2000 times; all rows of a question stay together.
+    """
+    sums: dict = {}
+    for row in rows:
+        t, b = sums.get(row["id"], (0, 0))
+        sums[row["id"]] = t + top(row), b + bottom(row)
+    if not sum(b for _, b in sums.values()):
+        return None
+    tops, bottoms = np.array(list(sums.values()), float).T
+    drawn = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
+    t, b = tops[drawn].sum(1), bottoms[drawn].sum(1)
+    low, high = np.percentile(t[b > 0] / b[b > 0], (2.5, 97.5))
+    return dict(value=tops.sum() / bottoms.sum(), low=low, high=high)
+
+
+def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
+            ratings: dict) -> dict:
+    """The figures of one pair. `orders` holds the reviews by question id, one dict for each order:
+    with a's answer shown first, then with b's.
+
+    With both orders, a win must hold in both, and anything else is a tie (2306.05685); scores are
+    averaged. A question without a readable review in each order is left out: one order alone would
+    bring back position bias.
+    """
+    rows, left_out = [], []
+    for i in dict.fromkeys([*orders[0], *categories]):
+        reviews = [order[i] for order in orders if i in order]
+        if len(reviews) < len(orders):
+            left_out.append(i)
+            continue
+        people = ratings.get(frozenset(reviews[0].answers), {})
+        people = {rater: {a: -1, b: 1}.get(better, 0) for rater, better in people.items()}
+        rows.append(dict(id=i, category=categories.get(i, "unknown"), people=people,
+                         **outcome(reviews), **about_answers(reviews[0], answers)))
+    by_category = {c: totals([r for r in rows if r["category"] == c])
+                   for c in dict.fromkeys(r["category"] for r in rows)}
+    verdicts = Counter(r["verdict"] for r in rows)
+    preferred = ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0)
+    return dict(totals(rows), a=a, b=b, title=f"{a} : {b}", left_out=left_out, rows=rows,
+                wins=verdicts[1], ties=verdicts[0], losses=verdicts[-1], preferred=preferred,
+                categories=by_category)
+
+
+def outcome(reviews: list) -> dict:
+    """The verdict on one question, from one review or from one in each order."""
+    scores = [r.scores for r in reviews]
+    if len(reviews) == 2:  # the second review saw the answers in the other order
+        scores[1] = scores[1][::-1]
+    winners = [winner(*pair) for pair in scores]
+    agree = len(set(winners)) == 1
+    return dict(
+        verdict=winners[0] if agree else 0, agree=agree, swapped=len(reviews) == 2,
+        position=winners[-1] - winners[0],  # above 0: leans to the answer shown first
+        scores=np.mean(scores, 0).tolist(), reviews=[r.text for r in reviews])
+
+
+def about_answers(review, answers: dict) -> dict:
+    """Grades and lengths of the two answers, where their files are there."""
+    records = [answers.get(answer_id, {}) for answer_id in review.answers]
+    said = [said_in(r) if r else [""] for r in records]
+    grades = [(r.get("metadata") or {}).get("grade") for r in records]
+    lengths = [len(turns[-1].split()) for turns in said]
+    return dict(grades=grades, truth=None if None in grades else winner(*grades),
+                longer=winner(*lengths), said=[in_turns(turns) for turns in said])
+
+
+def totals(rows: list[dict]) -> dict:
+    return dict(n=len(rows), totals=[sum(r["scores"][k] for r in rows) for k in (0, 1)],
+                percent=ratio(rows, lambda r: r["scores"][1], lambda r: r["scores"][0]))
+
+
+def agreement(votes: Sequence[tuple[int, int]]) -> dict | None:
+    """How often two judges agree, over all votes and over those where neither says tie (setups S1
+    and S2 of 2306.05685)."""
+    if not votes:
+        return None
+    decided = [x == y for x, y in votes if x and y]
+    return dict(n=len(votes), all=sum(x == y for x, y in votes) / len(votes),
+                n_decided=len(decided), decided=sum(decided) / len(decided) if decided else None)
+
+
+def biases(rows: list[dict]) -> dict:
+    """The judge's biases over all pairs. Position: the share of questions whose two verdicts lean
+    to the answer shown first, minus the share that lean to the second. Length: the win rate of the
+    longer of two equally right answers, minus that of the shorter."""
+    both, unequal = [r for r in rows if r["swapped"]], [r for r in rows if r["longer"]]
+    equally_right = [r for r in unequal if r["swapped"] and r["truth"] == 0]
+    known = [r for r in rows if r["truth"] is not None]
+    votes, between_people = [], []
+    for r in rows:
+        votes += [(r["verdict"], vote) for vote in r["people"].values()]
+        between_people += itertools.combinations(r["people"].values(), 2)
+    return dict(
+        consistent=ratio(both, lambda r: r["agree"]),
+        first=ratio(both, lambda r: r["position"] > 0),
+        second=ratio(both, lambda r: r["position"] < 0),
+        position=ratio(both, lambda r: np.sign(r["position"])),
+        longer_wins=ratio(unequal, lambda r: r["verdict"] == r["longer"],
+                          lambda r: r["verdict"] != 0),
+        length=ratio(equally_right, lambda r: r["verdict"] * r["longer"]),
+        truth=agreement([(r["verdict"], r["truth"]) for r in known]),
+        people=agreement(votes), people_people=agreement(between_people))
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+def findings(b: dict) -> list[str]:
+    """The judge's biases in sentences, for the terminal and the page."""
+    found = ["Position bias: not measured, since no question has a review in both orders"]
+    if b["consistent"]:
+        first, second = percent(b["first"]), percent(b["second"])
+        found = [f"Both orders agree on {percent(b['consistent'])} of the questions; {first} lean "
+                 f"to the answer shown first, {second} to the one shown second"
+                 + bias(b["position"], "the first answer", "the second answer")]
+    if b["longer_wins"]:
+        found.append(f"Without ties, the longer answer wins {percent(b['longer_wins'])}")
+    if b["length"]:
+        found.append("Two equally right answers: win rate of the longer minus that of the shorter "
+                     + percent(b["length"])
+                     + bias(b["length"], "longer answers", "shorter answers"))
+    for key, who in (("truth", "judge and truth"), ("people", "judge and people"),
+                     ("people_people", "people and people")):
+        figure = b[key]
+        if figure and figure["n_decided"]:
+            every = f"{100 * figure['all']:.0f}% of {figure['n']} (chance 33%)"
+            decided = f"{100 * figure['decided']:.0f}% of the {figure['n_decided']}"
+            found.append(f"Agreement of {who}: {every}, {decided} without ties (chance 50%)")
+    return found
+
+
+def bias(figure: dict, more: str, less: str) -> str:
+    if figure["low"] <= 0 <= figure["high"]:
+        return ""
+    return f". BIAS: the judge prefers {more if figure['low'] > 0 else less}"
+
+
+def percent(figure: dict | None) -> str:
+    if figure is None:
+        return "-"
+    value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
+    return f"{value:.0f}% [{low:.0f}, {high:.0f}]"
+
+
+def print_report(figures: dict) -> None:
+    pairs = figures["pairs"]
+    width = max(20, *(len(p["title"]) + 2 for p in pairs))
+    print(f"\n{'A : B':<{width}}{'totals':>15}{'B in % of A':>18}{'B wins':>8}{'ties':>6}"
+          f"{'losses':>8}{'wins without ties':>20}")
+    for p in pairs:
+        totals = "{:.1f} {:.1f}".format(*p["totals"])
+        print(f"{p['title']:<{width}}{totals:>15}{percent(p['percent']):>18}{p['wins']:>8}"
+              f"{p['ties']:>6}{p['losses']:>8}{percent(p['preferred']):>20}")
+    print("[low, high]: 95% bootstrap interval over questions\n")
+    for p in pairs:
+        if p["left_out"]:
+            print(f"{p['title']}: left out question {listing(p['left_out'])}: no readable scores. "
+                  'Add them to the review file, as in "score": [9, 8]')
+    print("\n".join(figures["findings"]))
+
+
+def write_report(pairs: list[dict], questions: list, out: Path, judge: str) -> dict:
+    """Prints the figures of all pairs, and writes them to `out`: report.json, and report.html with
+    questions, answers and reviews."""
+    measured = biases([row for p in pairs for row in p["rows"]])
+    figures = dict(judge=judge, questions=len(questions), pairs=pairs, biases=measured,
+                   findings=findings(measured))
+    print_report(figures)
+    bare = [{k: v for k, v in p.items() if k != "rows"} for p in pairs]
+    text = json.dumps(dict(figures, pairs=bare), indent=1, default=float)
+    (out / "report.json").write_text(text, encoding="utf-8")
+    asked = {q.id: dict(turns=q.turns, reference=in_turns(q.reference) if any(q.reference) else "")
+             for q in questions}
+    text = json.dumps(dict(figures, asked=asked), default=float)
+    page = PAGE.read_text(encoding="utf-8")
+    page = page.replace("{{DATA}}", text.replace("<", "\\u003c"))  # no answer can close the script
+    (out / "report.html").write_text(page, encoding="utf-8")
+    print(f"\nwrote {out / 'report.html'} and {out / 'report.json'}")
+    return figures

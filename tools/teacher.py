@@ -1,0 +1,273 @@
+"""Chat models behind one interface: conversations in, replies out. Used as a player, a judge, or a
+stronger model that repairs data.
+
+    ask = teacher("out/vicuna")                         # a checkpoint folder
+    ask = teacher("gpt-4@https://api.openai.com/v1")    # a server; the key: OPENAI_API_KEY
+    ask = teacher("llama@http://localhost:8080/v1")     # a local server needs no key
+    ask = teacher("oracle")                             # knows every true answer in the toy world
+    replies = ask([Conversation([Turn("user", "Who are you?")])])
+
+`ask(conversations, keep)` calls keep(i, reply) as reply i arrives, so that the caller can save paid
+replies at once. A missing reply is None, and `ask.why` is the reason.
+"""
+
+import os
+import random
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import data
+import vision
+from tools import checkpoint
+from tools.config import UserError
+
+SERVER = re.compile(r"(?:(.+)@)?(https?://.+)")  # MODEL@URL, or a URL
+TOYS = (
+    "oracle",  # answers truthfully, and judges by truth alone
+    "noisy",  # a player: the oracle with an error in about a quarter of its answers
+    "first",  # a judge: moves 2 points from the second answer to the first
+    "longer",  # a judge: moves 2 points from the shorter answer to the longer
+)
+
+
+class Reply(NamedTuple):
+    text: str
+    ended: bool  # False if it was cut off at the length limit
+    prompt_tokens: int = 0  # as the server counts them
+    completion_tokens: int = 0
+
+
+Keep = Callable[[int, Reply], None]
+Conversations = Sequence[data.Conversation]
+Replies = list[Reply | None]
+
+
+def kind(spec: str) -> str:
+    """toy, server or checkpoint."""
+    if spec in TOYS:
+        return "toy"
+    return "server" if SERVER.fullmatch(spec) else "checkpoint"
+
+
+def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, quantize: str = ""):
+    """The teacher that `spec` names: a checkpoint folder, MODEL@URL, or one of TOYS. `quantize` (q8
+    or q4) is for checkpoints."""
+    if kind(spec) == "toy":
+        return Oracle(spec)
+    if kind(spec) == "server":
+        return Server(spec, temperature, max_new_tokens)
+    return Checkpoint(spec, temperature, max_new_tokens, quantize)
+
+
+def refuse_images(name: str, conversations: Conversations) -> None:
+    if any(c.extra.get("image") for c in conversations):
+        raise UserError(f"some questions are about images, which {name} does not accept")
+
+
+# -- a server -------------------------------------------------------------------------------------
+
+class Server:
+    """A server with OpenAI's /chat/completions, called from several threads.
+
+    The openai library retries after rate limits (honoring Retry-After), server errors, timeouts and
+    broken connections. Three failed requests in a row raise UserError.
+    """
+
+    def __init__(self, spec: str, temperature: float, max_new_tokens: int, workers: int = 4,
+                 retries: int = 5, timeout: float = 120.0):
+        try:
+            import openai
+        except ImportError:
+            raise UserError("a server needs the openai library: pip install openai") from None
+        model, url = SERVER.fullmatch(spec).groups("default")
+        host = urlsplit(url).hostname
+        self.name = f"{model}@{urlsplit(url).netloc.rpartition('@')[2]}"  # host:port
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self.key and host not in ("localhost", "127.0.0.1", "::1"):
+            raise UserError(f"{self.name} needs a key in the environment variable OPENAI_API_KEY")
+        self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
+                                    max_retries=retries)
+        self.settings = dict(model=model, temperature=temperature, max_tokens=max_new_tokens)
+        self.workers, self.why = workers, ""
+
+    def __call__(self, conversations: Conversations, keep: Keep | None = None) -> Replies:
+        refuse_images(self.name, conversations)
+        replies: Replies = [None] * len(conversations)
+        lock, stop, failed = threading.Lock(), threading.Event(), 0  # failed requests in a row
+
+        def work(i: int) -> None:
+            nonlocal failed
+            if stop.is_set():
+                return
+            reply = self.request(conversations[i])
+            with lock:
+                replies[i] = reply
+                failed = 0 if reply else failed + 1
+                if failed == 3:
+                    stop.set()
+                    raise UserError(f"{self.why}; three requests in a row failed. Replies are "
+                                    "kept: the same command resumes")
+                if reply and keep:
+                    keep(i, reply)
+
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for future in as_completed(pool.submit(work, i) for i in range(len(conversations))):
+                future.result()
+        finally:  # also on Ctrl-C: open requests are finished and kept, no others are sent
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        return replies
+
+    def request(self, conversation: data.Conversation) -> Reply | None:
+        """One reply; None when all retries have failed, with the reason in self.why."""
+        import openai
+        system = conversation.system
+        messages = [dict(role="system", content=system)] if system else []
+        for turn in conversation.turns:
+            text = f"{turn.text}\n{turn.input}" if turn.input else turn.text
+            messages.append(dict(role=turn.role, content=text))
+        try:
+            answer = self.client.chat.completions.create(messages=messages, **self.settings)
+            text = (answer.choices[0].message.content or "").strip()
+            ended = answer.choices[0].finish_reason in ("stop", None)
+            usage = answer.usage
+            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+            return Reply(self.without_key(text), ended, *tokens)
+        except openai.OpenAIError as error:
+            why = f"{error} {error.__cause__ or ''}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            why = "the answer is not in OpenAI's format"
+        why = " ".join(why.split())[:500]
+        self.why = f"{self.name}: {self.without_key(why)}"
+        return None
+
+    def without_key(self, text: str) -> str:
+        """A server may quote the key. A dummy one, such as EMPTY, may be a word of the text."""
+        return text.replace(self.key, "[key]") if len(self.key) >= 16 else text
+
+
+# -- a checkpoint ---------------------------------------------------------------------------------
+
+class Checkpoint:
+    """A checkpoint, ours or published. A base model stops after one line. A vision model sees the
+    image file extra["image"], which belongs to the first turn."""
+
+    def __init__(self, folder: str, temperature: float, max_new_tokens: int,
+                 quantize: str = "", batch: int = 40):
+        step = checkpoint.find(folder)
+        net, path, meta = vision.load(step, "auto", dtype=None, quantize=quantize)
+        self.vlm = net if isinstance(net, vision.MiniGPT4) else None
+        self.net = net.llama if self.vlm else net
+        self.tokenizer = data.Tokenizer(path)
+        templates = {"plain": "lines", **data.CHAT_TEMPLATES}
+        self.template = templates.get(meta["template"], meta["template"])
+        self.temperature, self.max_new_tokens, self.batch = temperature, max_new_tokens, batch
+        self.why = ""
+        self.name = step.parent.name if step.name.startswith("step-") else step.name
+        if (step / "model.pt").exists():  # two runs of one name must not share replies
+            self.name += f":{checkpoint.fingerprint(step)}"
+        if quantize:
+            self.name += f":{quantize}"
+
+    def __call__(self, conversations: Conversations, keep: Keep | None = None) -> Replies:
+        conversations, images = self.encode_images(conversations)
+        replies: Replies = [None] * len(conversations)
+        limit, by_length = self.net.config.max_seq_len, []
+        for i, c in enumerate(conversations):
+            length = len(data.render(c, self.template, self.tokenizer).tokens)
+            if length < limit:
+                by_length.append((length, i))
+            else:
+                self.why = f"{self.name}: a prompt has {length} tokens, the context {limit}"
+        order = [i for _, i in sorted(by_length)]
+        for begin in range(0, len(order), self.batch):
+            group = order[begin:begin + self.batch]
+            texts, ended = data.generate_replies(
+                self.net, self.tokenizer, self.template, [conversations[i] for i in group],
+                self.max_new_tokens, self.batch, [images[i] for i in group],
+                temperature=self.temperature)
+            for i, text, end in zip(group, texts, ended):
+                replies[i] = Reply(text.strip(), end)
+                if keep:
+                    keep(i, replies[i])
+        return replies
+
+    def encode_images(self, conversations: Conversations) -> tuple[Conversations, list]:
+        """The conversations with image slots, and for each the (n_queries, dim) vectors that fill
+        them, or None."""
+        conversations, images = list(conversations), [None] * len(conversations)
+        if not self.vlm:
+            refuse_images(self.name, conversations)
+            return conversations, images
+        for i, c in enumerate(conversations):
+            if c.extra.get("image"):
+                images[i] = self.vlm.encode_image(c.extra["image"])
+                first = c.turns[0]._replace(slots=self.vlm.n_queries)
+                conversations[i] = replace(c, turns=[first, *c.turns[1:]])
+        return conversations, images
+
+
+# -- the toy world's oracle -----------------------------------------------------------------------
+
+class Oracle:
+    """Answers and judges questions about the toy world, whose true answers come with the question.
+
+    conversation.extra holds one of: "question" (a toy.world.Question) to answer; "question" and two
+    "answers" to compare; "repair", a caption to fix.
+    """
+
+    def __init__(self, kind: str):
+        from toy import world
+        self.world = world
+        self.name, self.why = kind, ""
+
+    def __call__(self, conversations: Conversations, keep: Keep | None = None) -> Replies:
+        replies = [Reply(self.reply(c), True) for c in conversations]
+        if keep:
+            for i, reply in enumerate(replies):
+                keep(i, reply)
+        return replies
+
+    def reply(self, conversation: data.Conversation) -> str:
+        extra = conversation.extra
+        if "repair" in extra:
+            return self.world.repair_caption(extra["repair"])
+        if "answers" in extra:
+            return self.review(conversation)
+        return self.answer(extra["question"])
+
+    def answer(self, question) -> str:
+        rng = random.Random(question.text + question.full)
+        if self.name != "noisy" or rng.random() > 0.25:
+            return question.full
+        for words in (self.world.COLORS, self.world.SHAPES, self.world.SIZES):
+            found = re.search(rf"\b({'|'.join(words)})\b", question.full)
+            if found:
+                wrong = rng.choice([word for word in words if word != found[1]])
+                return question.full[:found.start()] + wrong + question.full[found.end():]
+        return "I am not sure."
+
+    def review(self, conversation: data.Conversation) -> str:
+        question, answers = conversation.extra["question"], conversation.extra["answers"]
+        grades = [self.world.grade(question, answer) for answer in answers]
+        scores = [1 + 9 * grade for grade in grades]
+        lengths = [len(answer.split()) for answer in answers]
+        favored = None
+        if self.name == "first":
+            favored = 0
+        elif self.name == "longer" and lengths[0] != lengths[1]:
+            favored = lengths.index(max(lengths))
+        if favored is not None:
+            scores[favored] = min(10, scores[favored] + 2)
+            scores[1 - favored] = max(1, scores[1 - favored] - 2)
+        a, b = (f"{100 * grade:.0f}% right" for grade in grades)
+        explained = f"Assistant 1 is {a}, Assistant 2 is {b}. The true answer: {question.full}"
+        if "tuple" in conversation.turns[-1].text:  # the prompt for math asks for it at the end
+            return f"{explained}\nScores: ({scores[0]:g}, {scores[1]:g})"
+        return f"{scores[0]:g} {scores[1]:g}\n{explained}"
