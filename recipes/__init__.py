@@ -1,0 +1,1 @@
+"""How the other systems got their data: ShareGPT, Koala, OpenAssistant, Self-Instruct."""
