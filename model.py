@@ -1,40 +1,29 @@
-"""LLaMA, all of it in this file: the network, its cache, generation, and saving to a folder.
+"""LLaMA: the network, its loss, KV cache and sampling, and LoRA.
 
-    python model.py               # the published sizes and their parameter counts
-    python model.py --preset=7B   # one of them, part by part
-    python model.py --preset=7B --gpus=8 --seq=2048 --batch=4   # what training it takes: memory, hours, dollars
+References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models
+(arXiv 2302.13971); [2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm
+(1910.07467); [4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al.
+2023, GQA (2305.13245); [6] Hu et al. 2021, LoRA (2106.09685).
 
-References: [1] Touvron et al. 2023, LLaMA: Open and Efficient Foundation Language Models (arXiv 2302.13971);
-[2] Su et al. 2021, RoFormer (2104.09864); [3] Zhang and Sennrich 2019, RMSNorm (1910.07467);
-[4] Shazeer 2020, GLU Variants Improve Transformer (2002.05202); [5] Ainslie et al. 2023, GQA (2305.13245);
-[6] Hu et al. 2021, LoRA (2106.09685).
-
-Letters in the shape comments: B batch, T tokens now, S tokens in sight (cache included), C model width,
-H heads, K key/value heads, D head width, V vocabulary, N supervised positions.
-Names and state_dict keys are Meta's, so a published consolidated.00.pth loads with strict=True.
+Letters in the shape comments: B batch, T query positions, S key positions (cached and new), C model
+dimension, H heads, K key/value heads, D head dimension, V vocabulary, N supervised positions,
+M image vectors.
+The state_dict has Meta's keys: the published 7B file fits as it is, except for its rope.freqs.
 """
 
-import hashlib
-import json
 import math
-import os
-import pickle
-import re
-import shutil
-import zipfile
-import zlib
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Iterator, Literal, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import Problem, run
+from tools.config import UserError
 
-IMAGE_SLOT = -1  # a token that is not a word: the model puts an image vector here
+IMAGE_SLOT = -1  # placeholder token, replaced by an image vector
+IGNORE = -100  # label of a token excluded from the loss (cross_entropy's ignore_index)
 
 
 @dataclass
@@ -42,33 +31,37 @@ class LLaMAConfig:
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
-    n_kv_heads: Optional[int] = None  # fewer than n_heads: grouped-query attention [5]
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention [5]
     vocab_size: int = 32000
-    hidden_dim: Optional[int] = None  # of the feed-forward; LLaMA's rule when not given
+    hidden_dim: int | None = None  # width of the feed-forward layer; None: LLaMA's rule
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: float = 1.0  # positions are divided by this (Vicuna v1.5's 16k models: 4 or 8)
+    rope_scaling: float = 1.0  # position interpolation (2306.15595): positions are divided by this
     max_seq_len: int = 2048
-    tied: bool = False  # output matrix = embedding matrix
+    tied: bool = False  # weight tying: the output layer shares the embedding matrix
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        # [4] keeps the parameter count of a 4x ReLU layer with 2/3 of its width; LLaMA rounds up to 256
-        self.hidden_dim = self.hidden_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
+        if self.hidden_dim is None:
+            # SwiGLU has three matrices instead of two, so 2/3 of the usual 4 * dim keeps the
+            # parameter count [4]; LLaMA rounds up to a multiple of 256.
+            self.hidden_dim = 256 * math.ceil(8 * self.dim / 3 / 256)
         if self.dim % self.n_heads or self.head_dim % 2:
-            raise Problem(f"dim={self.dim} must be an even multiple of n_heads={self.n_heads}")
+            raise UserError(f"dim={self.dim} / n_heads={self.n_heads} must be an even integer")
         if self.n_heads % self.n_kv_heads:
-            raise Problem(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+            raise UserError(f"n_heads={self.n_heads} must be a multiple of "
+                            f"n_kv_heads={self.n_kv_heads}")
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
 
-# Table 2 of [1]; the small ones are ours.
+# Table 2 of [1] and Meta's params.json. "toy" and "small" are ours; the small theta of "toy" suits
+# its short context.
 PRESETS = {
     "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
-    "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),  # 58 M with 32,000 pieces: for one GPU
+    "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
     "30B": dict(dim=6656, n_layers=60, n_heads=52),
@@ -76,8 +69,10 @@ PRESETS = {
 }
 
 
+# -- building blocks ------------------------------------------------------------------------------
+
 class RMSNorm(nn.Module):
-    """[3]: divide by the root mean square, no mean subtracted, no bias. In fp32, whatever comes in."""
+    """RMSNorm [3]: x / rms(x) * weight. No mean is subtracted, and there is no bias."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -85,65 +80,89 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
+        y = x.float()  # the squares would overflow in fp16 and lose precision in bf16
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return y.type_as(x) * self.weight.type_as(x)
 
 
-def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0, scaling: float = 1.0) -> tuple:
-    """[2] eq. 15: angle of position t in pair i is t / theta^(2i/D). Returns cos, sin, each (seq_len, D/2)."""
-    here = torch.device("cpu")  # real numbers even while a model of shapes alone is built on the meta device
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=here).float() / head_dim)
-    angles = torch.outer(torch.arange(seq_len, device=here).float() / scaling, frequencies)
+def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0,
+               scaling: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE [2] eq. 15: at position t, pair i = 0, 1, ... is rotated by t / scaling / theta^(2i/D).
+
+    Returns cos and sin of the angles, each (seq_len, D/2).
+    """
+    cpu = torch.device("cpu")  # under torch.device("meta") the table would have no data
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=cpu).float() / head_dim)
+    positions = torch.arange(seq_len, device=cpu).float() / scaling
+    angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[2] eq. 34: turns each pair of neighbours (x[2i], x[2i+1]) by its angle.
+    """RoPE [2] eq. 34: rotates each pair of neighbors (x[2i], x[2i+1]) by its angle. (Hugging Face
+    pairs x[i] with x[i + D/2], so tools/convert.py permutes the rows of its wq and wk.)
 
-    x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) when each row has positions of its own.
+    x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) if every row has its own positions.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, D/2): x[2i] + i x[2i+1]
-    turned = pairs * torch.complex(cos, sin).unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, T, H, D/2, 2)
+    a, b = pairs.unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (.., T, 1, D/2): the same for all heads
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor] = None,
-              fused: bool = True) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D) with K dividing H.
+def causal_mask(T: int, S: int, device) -> torch.Tensor:
+    """(T, S), True where a query may attend. The T queries are the *last* T of the S positions, as
+    they are with a KV cache."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
-    mask (B or 1, 1, T, S) is True where a query may look. Without one it is causal, and the T queries are the
-    *last* T of the S positions, which is what a filled cache needs.
-    """
-    T, S, groups = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
-    if groups > 1:  # each key/value head serves `groups` query heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if mask is None and 1 < T < S:  # the kernels' is_causal starts at the top left: wrong here, so spell it out
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+
+def attention_textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                       mask: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v, over the positions where the mask is True."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, S)
-    return (scores + bias).softmax(dim=-1) @ v
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(dim=-1).type_as(v) @ v
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+              mask: torch.Tensor | None = None, fused: bool = True) -> torch.Tensor:
+    """Attention of q (B, H, T, D) to k, v (B, K, S, D) -> (B, H, T, D), fused or by hand.
+
+    The mask is broadcast to (B, H, T, S) and True where a query may attend; None is causal.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    n_rep = q.shape[1] // k.shape[1]  # query heads per key/value head
+    if n_rep > 1:
+        k, v = k.repeat_interleave(n_rep, dim=1), v.repeat_interleave(n_rep, dim=1)
+    if not fused:
+        return attention_textbook(q, k, v, causal_mask(T, S, q.device) if mask is None else mask)
+    if mask is None and 1 < T < S:  # the kernel's own causal mask is right only if T == S
+        mask = causal_mask(T, S, q.device)
+    is_causal = mask is None and T > 1  # a single query sees every key
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class KVCache:
-    """Keys and values of everything read so far, allocated once. A prefix is reusable: truncate and go on.
+    """Preallocated keys and values of all layers, of which the first `length` positions are filled.
+    Truncate it to reuse a prefix.
 
-    `start` (B,) is how many places at the left of each row are padding (prompts of unequal length).
+    padding (B,): the number of padding positions at the left of each row, or None.
     """
 
-    def __init__(self, config: LLaMAConfig, batch: int = 1, max_len: Optional[int] = None, dtype=torch.float32,
-                 device="cpu"):
-        max_len = max_len or config.max_seq_len
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
-        self.length, self.max_len, self.start = 0, max_len, None
+    def __init__(self, config: LLaMAConfig, batch: int = 1, max_len: int | None = None,
+                 dtype=torch.float32, device="cpu", padding: torch.Tensor | None = None):
+        self.max_len = max_len or config.max_seq_len
+        shape = (config.n_layers, batch, config.n_kv_heads, self.max_len, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0  # advanced by LLaMA.hidden, after the last layer
+        self.padding = padding
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple:
-        end = self.length + k.shape[-2]  # .length itself moves once, after the last layer
+    def update(self, layer: int, k: torch.Tensor,
+               v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new keys and values (B, K, T, D); returns all of this layer, (B, K, S, D)."""
+        end = self.length + k.shape[-2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -153,9 +172,12 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """Attention with RoPE: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: LLaMAConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         self.fused = True
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
@@ -164,10 +186,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
         B, T, _ = x.shape
-        q = apply_rope(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)  # (B, T, H, D)
-        k = apply_rope(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)
+        q = self.wq(x).view(B, T, self.n_heads, self.head_dim)
+        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, K, S, D)
         y = attention(q, k, v, mask, self.fused)
@@ -175,7 +198,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[4] eq. 6, SwiGLU: one half opens the gate for the other."""
+    """SwiGLU [4] eq. 6: w2(SiLU(w1 x) * w3 x), where SiLU(w1 x) gates w3 x."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -188,6 +211,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: LLaMAConfig):
         super().__init__()
         self.attention = Attention(config)
@@ -200,99 +225,96 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+# -- the network ----------------------------------------------------------------------------------
+
 class LLaMA(nn.Module):
-    def __init__(self, config: LLaMAConfig):
+    """The decoder: token embeddings, blocks, final norm, output matrix. retrieval_init: see
+    init_for_retrieval."""
+
+    def __init__(self, config: LLaMAConfig, retrieval_init: bool = False):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
+        self.checkpointing = False  # activation checkpointing: recompute blocks in backward
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
-        table = rope_table(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling)
-        self.register_buffer("cos", table[0], persistent=False)
-        self.register_buffer("sin", table[1], persistent=False)
-        self.init_weights()
+        cos, sin = self.rope_table()
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if not self.tok_embeddings.weight.is_meta:  # on "meta", weights are loaded later
+            self.init_weights(shared_mean=retrieval_init)
+            if retrieval_init:
+                init_for_retrieval(self)
+
+    def rope_table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        return rope_table(c.max_seq_len, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def tie(self) -> None:
         if self.config.tied:
             self.output.weight = self.tok_embeddings.weight
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal with std 0.6 / sqrt(inputs); the two matrices that write into the residual stream scaled down by depth.
-
-        And with three habits that every look-up in the context is made of, which a small model would need thousands
-        of steps to find (compare mimetic initialization, 2305.09828). First layer: every head looks at the last few
-        tokens, which rotary attention can do only through something that all tokens share, so the embeddings share a
-        mean; and hands on what it sees there (wo = wv^T). Later layers: keys equal queries, so that a token looks at
-        its equals, most of all in the slowly turning pairs, which still know them over a distance.
+    def init_weights(self, shared_mean: bool = False) -> None:
+        """Normal with std 0.6 / sqrt(number of columns), divided by sqrt(2 * n_layers) for the two
+        matrices of each block that write into the residual stream, as in GPT-2. (0.6 was tuned on
+        the toy model; at 7B's width the std is about 0.01.) shared_mean: see init_for_retrieval.
         """
-        c = self.config
         for name, p in self.named_parameters():
-            if p.dim() > 1:
-                std = 0.6 / math.sqrt(p.shape[-1])
-                into_residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, mean=std if name.startswith("tok_") else 0.0,
-                                std=std / math.sqrt(2 * c.n_layers) if into_residual else std)
-        if self.tok_embeddings.weight.is_meta:
-            return
-        groups = c.n_heads // c.n_kv_heads
-        turns = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)  # of each pair, in radians a token
-        for i, block in enumerate(self.layers):
-            a = block.attention
-            q, k, v = (m.weight.view(-1, c.head_dim, c.dim) for m in (a.wq, a.wk, a.wv))  # (H or K, D, C)
-            if i == 0:
-                near = (turns > 0.1).float()
-                # The mean is 0.7 of a normalised embedding; the score of a token with itself rises by 5.
-                share = math.sqrt(5 * math.sqrt(c.head_dim) / near.sum()) / (0.7 * c.dim)
-                q[:, 0::2] += share * near[:, None]
-                k[:, 0::2] += share * near[:, None]
-                nn.init.orthogonal_(a.wv.weight, 0.33)
-                a.wo.weight.copy_(v.repeat_interleave(groups, 0).flatten(0, 1).T)
-            else:
-                q *= 1 + (turns < 0.05).repeat_interleave(2)[:, None]
-                k.copy_(q[::groups])
+            if p.dim() < 2:  # norms stay at one
+                continue
+            std = 0.6 / math.sqrt(p.shape[-1])
+            mean = std if shared_mean and name == "tok_embeddings.weight" else 0.0
+            if name.endswith(("wo.weight", "w2.weight")):
+                std = std / math.sqrt(2 * self.config.n_layers)
+            nn.init.normal_(p, mean, std)
 
     def _apply(self, fn, recurse=True):
+        """Called by .to(), .bfloat16() and the like. They cast buffers, too, but the RoPE table
+        must stay in fp32, so it is rebuilt."""
         super()._apply(fn, recurse)
-        # .to(bfloat16) converts buffers too and .to_empty() leaves them blank, but the angles must be right, in fp32
-        c = self.config
-        table = rope_table(c.max_seq_len, c.head_dim, c.rope_theta, c.rope_scaling)
-        self.cos, self.sin = (t.to(self.cos.device) for t in table)
+        cos, sin = self.rope_table()
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.cos.device)
         return self
 
     def set_fused(self, fused: bool) -> None:
         for block in self.layers:
             block.attention.fused = fused
 
-    # -- reading ---------------------------------------------------------------------------------------------
-
-    def hidden(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None,
-               segments: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None) -> torch.Tensor:
-        """Everything but the final norm and the output matrix: tokens (B, T) -> (B, T, C)."""
-        B, T = tokens.shape
-        past = cache.length if cache is not None else 0
-        limit = min(self.config.max_seq_len, cache.max_len if cache is not None else self.config.max_seq_len)
-        if past + T > limit:
-            raise Problem(f"{past + T} tokens do not fit into the context of {limit}")
+    def embed(self, tokens: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings (B, T, C), in which image vectors (M, C) replace the slots in order."""
         slots = tokens == IMAGE_SLOT
-        x = self.tok_embeddings(tokens.masked_fill(slots, 0))  # (B, T, C)
-        if images is not None or bool(slots.any()):  # none of none, too: FSDP waits for every rank's gradient
-            n_images = 0 if images is None else len(images)
-            if int(slots.sum()) != n_images:
-                raise Problem(f"{int(slots.sum())} image slots in the text, but {n_images} image vectors")
+        x = self.tok_embeddings(tokens.masked_fill(slots, 0))
+        n_slots = int(slots.sum())
+        n_vectors = 0 if images is None else len(images)
+        if n_slots != n_vectors:
+            raise UserError(f"{n_slots} image slots in the text, but {n_vectors} image vectors")
+        if images is not None:  # also if M is 0: under FSDP every rank must use the projection
             if images.shape[1:] != x.shape[2:]:
-                raise Problem(f"image vectors of shape {tuple(images.shape[1:])} in a model of width {x.shape[-1]}")
+                shape = tuple(images.shape)
+                raise UserError(f"image vectors {shape} do not fit a model of dim {x.shape[-1]}")
             x = x.masked_scatter(slots.unsqueeze(-1), images.to(x.dtype))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream, as under FSDP's bf16 policy
+        return x
 
-        positions, mask = positions_and_mask(T, past, segments, cache.start if cache is not None else None, x.device)
+    def hidden(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
+               segments: torch.Tensor | None = None,
+               cache: KVCache | None = None) -> torch.Tensor:
+        """Hidden states before the final norm: tokens (B, T) -> (B, T, C). Appends to the cache."""
+        past = 0 if cache is None else cache.length
+        limit = self.context_limit(cache)
+        T = tokens.shape[1]
+        if past + T > limit:
+            raise UserError(f"{past + T} tokens exceed the context of {limit}")
+        x = self.embed(tokens, images)
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast leaves embeddings in fp32, FSDP's mixed precision casts them. Cast here, too.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        padding = None if cache is None else cache.padding
+        positions, mask = positions_and_mask(T, past, segments, padding, x.device)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
         for i, block in enumerate(self.layers):
-            if self.checkpointing and self.training:
+            if self.checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache, i)
@@ -300,154 +322,282 @@ class LLaMA(nn.Module):
             cache.length += T
         return x
 
-    def forward(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None,
-                segments: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None,
+    def context_limit(self, cache: KVCache | None = None) -> int:
+        if cache is None:
+            return self.config.max_seq_len
+        return min(self.config.max_seq_len, cache.max_len)
+
+    def forward(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
+                segments: torch.Tensor | None = None, cache: KVCache | None = None,
                 last_only: bool = False) -> torch.Tensor:
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with last_only.
 
-        images (N, C) fill the slots (token -1) in order. segments (B, T) numbers the conversations that share a
-        row: no token sees another segment, and positions restart in each.
+        images (M, C) fill the image slots in order. segments (B, T) is the number of the packed
+        conversation that each token belongs to: attention and positions stay within it.
         """
         x = self.hidden(tokens, images, segments, cache)
-        return self.output(self.norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        return self.output(self.norm(x))
 
-    def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: Optional[torch.Tensor] = None,
-            segments: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of -log p over supervised tokens, and their count. A mean is the caller's: sum over everything / count.
+    # -- the loss ---------------------------------------------------------------------------------
 
-        labels (B, T) stand under the tokens they name, -100 where nothing is to be learned; the shift happens here.
-        A segment's first token is never a target: it would have to be guessed from another conversation.
+    def nll_textbook(self, tokens: torch.Tensor, labels: torch.Tensor, images=None,
+                     segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss as a textbook writes it. `nll` computes the same for less memory and work."""
+        logits = self(tokens, images, segments)[:, :-1]  # position t predicts token t + 1
+        targets = shift_labels(labels, segments)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                               ignore_index=IGNORE, reduction="sum")
+        return loss, (targets != IGNORE).sum()
+
+    def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None = None,
+            segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of -log p over the supervised tokens, and their count. The caller divides, since
+        the count must include all micro-batches and processes.
+
+        labels (B, T) align with tokens and are IGNORE where nothing is supervised; the shift by
+        one happens here. Logits are computed at supervised positions only, and in chunks.
         """
-        target = labels[:, 1:]
-        wanted = target != -100
-        if segments is not None:
-            wanted = wanted & (segments[:, 1:] == segments[:, :-1])
-        x = self.hidden(tokens, images, segments)[:, :-1][wanted]  # (N, C): no logits for what is not supervised
-        target, count = target[wanted], wanted.sum()
-        # Every new row count costs a compilation in bf16, and no rows at all must still touch `output` (else FSDP hangs).
-        spare = -len(x) % 128 or (0 if len(x) else 128)
-        x, target = F.pad(x, (0, 0, 0, spare)), F.pad(target, (0, spare), value=-100)
-        # In pieces when the logits would be large; each piece's logits are recomputed in the backward pass.
-        rows = max(128, 2 ** 25 // self.config.vocab_size // 128 * 128)
-        if len(x) <= rows:
-            return self._piece_nll(x, target), count
-        pieces = zip(x.split(rows), target.split(rows))
-        return sum(checkpoint(self._piece_nll, a, b, use_reentrant=False) for a, b in pieces), count
+        targets = shift_labels(labels, segments)
+        supervised = targets != IGNORE
+        count = supervised.sum()
+        x = self.hidden(tokens, images, segments)[:, :-1]
+        x, targets = x[supervised], targets[supervised]  # (N, C), (N,)
+        # Pad N to a multiple of 128: on CPUs, oneDNN compiles a bf16 kernel for every new N. And to
+        # at least 128: under FSDP, a rank without targets must still use the output matrix.
+        n_padded = 128 * max(1, math.ceil(len(x) / 128))
+        x = F.pad(x, (0, 0, 0, n_padded - len(x)))
+        targets = F.pad(targets, (0, n_padded - len(targets)), value=IGNORE)
+        # With a large vocabulary the logits dominate memory. Compute about 2^25 of them at a time,
+        # and recompute them in the backward pass.
+        chunk = max(128, 2 ** 25 // self.config.vocab_size // 128 * 128)  # in rows
+        if len(x) <= chunk:
+            return self._chunk_nll(x, targets), count
+        loss = 0.0
+        for x_part, targets_part in zip(x.split(chunk), targets.split(chunk)):
+            loss = loss + checkpoint(self._chunk_nll, x_part, targets_part, use_reentrant=False)
+        return loss, count
 
-    def _piece_nll(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.output(self.norm(x)).float(), target, ignore_index=-100, reduction="sum")
+    def _chunk_nll(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.output(self.norm(x)).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
-    # -- writing ---------------------------------------------------------------------------------------------
+    # -- generation -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop: Sequence[int] = (2,), seed: int = 0,
-                 images: Optional[torch.Tensor] = None, cache: Optional[KVCache] = None) -> Iterator[list[int]]:
-        """Yields one id per prompt and step until every row has produced a stop id (which is yielded too).
+    def generate_textbook(self, prompt: Sequence[int], max_new_tokens: int,
+                          stop: int = 2) -> Iterator[int]:
+        """Greedy decoding of one prompt: prefill, then one token at a time."""
+        cache = self.new_cache([prompt], self.config.max_seq_len)
+        tokens = torch.tensor([list(prompt)], device=self.tok_embeddings.weight.device)
+        for _ in range(max_new_tokens):
+            logits = self(tokens, cache=cache, last_only=True)  # (1, 1, V)
+            token = logits[0, -1].argmax()
+            yield int(token)
+            if token == stop:
+                return
+            tokens = token.view(1, 1)
 
-        temperature 0 is greedy; top_k 0 and top_p 1 are off. A finished row goes on yielding its stop id.
-        With `cache` (one prompt only), what it holds already must be a prefix of the prompt and is not read again.
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                 repetition_penalty: float = 1.0, stop: int = 2, seed: int = 0,
+                 images: torch.Tensor | None = None,
+                 cache: KVCache | None = None) -> Iterator[list[int]]:
+        """Batched decoding: yields one token per prompt in each step, until every row has produced
+        `stop`, or after max_new_tokens, or when the context is full.
+
+        `stop` is yielded, too; a finished row keeps yielding it. Temperature 0 is greedy; top_k 0
+        and top_p 1 are off. With `cache` (one prompt only), the tokens it holds must be a prefix of
+        the prompt and are not recomputed; `images` are then those of the new tokens.
         """
         device = self.tok_embeddings.weight.device
-        prompts = [list(p) for p in prompts]
         longest = max(map(len, prompts))
-        limit = min(self.config.max_seq_len, cache.max_len if cache is not None else self.config.max_seq_len)
-        room = limit - longest
-        if not min(map(len, prompts)):
-            raise Problem("an empty prompt: begin with the tokenizer's bos")
-        if room <= 0:
-            raise Problem(f"the prompt has {longest} tokens; with its answer it must fit into {limit}")
+        limit = self.context_limit(cache)
+        if min(map(len, prompts)) == 0:
+            raise UserError("empty prompt: at least a bos token is required")
+        if longest >= limit:
+            raise UserError(f"a prompt of {longest} tokens leaves no room in a context of {limit}")
+        max_new_tokens = min(max_new_tokens, limit - longest)
         if cache is None:
-            dtype = next(self.layers.parameters()).dtype
-            if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
-            cache = KVCache(self.config, len(prompts), longest + min(max_new_tokens, room), dtype, device)
-            if any(len(p) < longest for p in prompts):
-                cache.start = torch.tensor([longest - len(p) for p in prompts], device=device)
-        cache.truncate(longest - 1)  # the last token is always read: its logits are needed
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)[:, cache.length:]
+            cache = self.new_cache(prompts, longest + max_new_tokens)
+        cache.truncate(longest - 1)  # always read the last prompt token: its logits are needed
+        rows = [[0] * (longest - len(p)) + list(p) for p in prompts]  # padded on the left
+        tokens = torch.tensor(rows, device=device)[:, cache.length:]
+        # for the repetition penalty: the tokens of the prompt and of the output so far
         seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=device)
-        for row, p in enumerate(prompts):
-            seen[row, [t for t in p if t != IMAGE_SLOT]] = True
-        random = torch.Generator(device).manual_seed(seed)
-        stop_ids = torch.tensor(list(stop), device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, [t for t in prompt if t != IMAGE_SLOT]] = True
+        generator = torch.Generator(device).manual_seed(seed)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        ids = tokens[:, -1]
-        for _ in range(min(max_new_tokens, room)):
+        for _ in range(max_new_tokens):
             logits = self(tokens, images, cache=cache, last_only=True)[:, -1].float()  # (B, V)
-            chosen = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random)
-            ids = torch.where(done, ids, chosen)
-            done = done | torch.isin(ids, stop_ids)
+            new = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+            ids = torch.where(done, stop, new)
+            done = done | (ids == stop)
             yield ids.tolist()
-            if bool(done.all()):
+            if done.all():
                 return
             seen.scatter_(1, ids[:, None], True)
-            tokens, images = ids[:, None], None
+            tokens, images = ids[:, None], None  # images belong to the prompts
+
+    def new_cache(self, prompts: Sequence[Sequence[int]], max_len: int) -> KVCache:
+        """An empty cache for these prompts; those of unequal length are padded on the left."""
+        device = self.tok_embeddings.weight.device
+        dtype = next(self.layers.parameters()).dtype
+        longest = max(map(len, prompts))
+        n_pad = [longest - len(p) for p in prompts]
+        padding = torch.tensor(n_pad, device=device) if any(n_pad) else None
+        return KVCache(self.config, len(prompts), max_len, dtype, device, padding)
 
 
-def count(config: LLaMAConfig) -> int:
-    """Parameters of a network of this shape, without making it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in LLaMA(config).parameters())
+# -- targets, positions, masks, sampling ----------------------------------------------------------
+
+def shift_labels(labels: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+    """Labels (B, T) -> the target of each position but the last, (B, T-1).
+
+    The first token of a packed conversation is not a target: it would have to be predicted from the
+    conversation before it.
+    """
+    targets = labels[:, 1:]
+    if segments is not None:
+        targets = targets.masked_fill(segments[:, 1:] != segments[:, :-1], IGNORE)
+    return targets
 
 
-def positions_and_mask(T: int, past: int, segments: Optional[torch.Tensor], start: Optional[torch.Tensor], device):
-    """Position of each token, (T,) or (B, T), and who may look at whom, (B, 1, T, S) or None for plain causal."""
-    here = torch.arange(past, past + T, device=device)
-    if segments is not None and bool((segments != segments[:, :1]).any()):  # packed: block-diagonal and causal
-        B = segments.shape[0]
-        new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # first token of each segment
-        first = torch.where(new, here, 0).cummax(dim=1).values
-        same = segments[:, :, None] == segments[:, None, :]
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        return here.expand(B, T) - first, (same & causal)[:, None]
-    if start is not None:  # left-padded prompts; a padding row may look at itself, or its softmax would be 0/0
-        S = torch.arange(past + T, device=device)
-        mask = (S <= here[:, None]) & ((S >= start[:, None, None]) | (S == here[:, None]))  # (B, T, S)
-        return (here - start[:, None]).clamp(min=0), mask[:, None]
-    return here, None
+def count_targets(labels: torch.Tensor, segments: torch.Tensor | None) -> int:
+    return int((shift_labels(labels, segments) != IGNORE).sum())
 
 
-def sample(logits, seen, temperature, top_k, top_p, repetition_penalty, random) -> torch.Tensor:
-    """One id per row of logits (B, V). Order: penalty, temperature, top-k, top-p."""
-    if repetition_penalty != 1.0:  # CTRL's rule (1909.05858): push down what the text already holds
-        pushed = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, pushed, logits)
+def positions_and_mask(T: int, past: int, segments: torch.Tensor | None,
+                       padding: torch.Tensor | None, device) -> tuple:
+    """The position of each token, (T,) or (B, T), and the attention mask (B, 1, T, S), or None for
+    plain causal attention."""
+    if segments is not None and (segments != segments[:, :1]).any():  # else plain causal is faster
+        assert past == 0 and padding is None, "packed rows are for training, without a cache"
+        return packed_positions_and_mask(segments)
+    if padding is not None:
+        return padded_positions_and_mask(T, past, padding)
+    return torch.arange(past, past + T, device=device), None
+
+
+def packed_positions_and_mask(segments: torch.Tensor) -> tuple:
+    """For packed rows (B, T): positions restart in each segment, and attention stays within it."""
+    index = torch.arange(segments.shape[1], device=segments.device)
+    is_first = segments[:, 1:] != segments[:, :-1]
+    is_first = F.pad(is_first, (1, 0), value=True)  # True at the first token of each segment
+    segment_start = torch.where(is_first, index, 0).cummax(dim=1).values
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    causal = index[:, None] >= index
+    return index - segment_start, (same_segment & causal)[:, None]
+
+
+def padded_positions_and_mask(T: int, past: int, padding: torch.Tensor) -> tuple:
+    """For prompts that are padded on the left, padding (B,): positions start after the padding, and
+    no other token attends to it."""
+    q_pos = torch.arange(past, past + T, device=padding.device)
+    k_pos = torch.arange(past + T, device=padding.device)
+    causal = k_pos <= q_pos[:, None]  # (T, S)
+    not_padding = k_pos >= padding[:, None, None]  # (B, 1, S)
+    itself = k_pos == q_pos[:, None]  # padding attends to itself: a fully masked row would be NaN
+    mask = causal & (not_padding | itself)  # (B, T, S)
+    return (q_pos - padding[:, None]).clamp(min=0), mask[:, None]
+
+
+def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_k: int, top_p: float,
+           repetition_penalty: float, generator: torch.Generator) -> torch.Tensor:
+    """One token per row of logits (B, V). seen (B, V) marks the tokens of prompt and output."""
+    if repetition_penalty != 1.0:  # CTRL's (1909.05858); dividing would raise a negative logit
+        lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, lower, logits)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1:  # the smallest set of likeliest ids whose probabilities reach top_p
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= max(top_p, 1e-9), float("-inf"))
-        logits = torch.empty_like(logits).scatter_(1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+    if top_p < 1:  # nucleus sampling (1904.09751): the smallest set that has this probability
+        sorted_logits, sorted_ids = logits.sort(descending=True)
+        probs = sorted_logits.softmax(-1)
+        before = probs.cumsum(-1) - probs  # probability of all tokens that are more likely
+        outside = before >= max(top_p, 1e-9)  # the most likely token is always inside
+        sorted_logits = sorted_logits.masked_fill(outside, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(1, sorted_ids, sorted_logits)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# -- LoRA: two thin matrices are trained beside each frozen one ----------------------------------------------
+@torch.no_grad()
+def init_for_retrieval(model: LLaMA) -> None:
+    """Initializes attention close to an induction head (2209.11895), which retrieves from context.
 
-LORA_SCALE = 2.0  # alpha / r in [6]
+    After "the star is red", a model completes a later "the star is" in two steps: an early layer
+    lets each token see its predecessors, and a later layer attends to earlier tokens that have the
+    same predecessors. From a plain initialization the toy model needs thousands of steps to find
+    that; from this one, hundreds (docs/toy.md; compare mimetic initialization, 2305.09828):
+
+    - Layer 0 attends to the current token and the few before it. Between random embeddings, a RoPE
+      score depends on distance only through a component that all tokens share. So embeddings get a
+      common mean (init_weights), and wq and wk map it onto the pairs that rotate fast.
+    - Layer 0 adds what it attends to, scaled down, to the residual stream: wo = wv^T, with an
+      orthogonal wv.
+    - Later layers attend to identical tokens: wk = wq (in each group, that of its first query
+      head). Both are doubled in the pairs that rotate slowly, whose scores hardly change with
+      distance.
+    """
+    c = model.config
+    n_rep = c.n_heads // c.n_kv_heads
+    radians_per_token = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)  # (D/2,)
+    fast = (radians_per_token > 0.1).float()
+    slow = (radians_per_token < 0.05).float()
+
+    def heads(linear: nn.Linear) -> torch.Tensor:  # (H or K, D, C), a view
+        return linear.weight.view(-1, c.head_dim, c.dim)
+
+    first = model.layers[0].attention
+    # After the norm, the common mean is 0.7 in every channel. This raises the score of a token with
+    # itself by 5: each fast pair adds (0.7 * C * shift)^2 / sqrt(D).
+    shift = math.sqrt(5 * math.sqrt(c.head_dim) / fast.sum()) / (0.7 * c.dim)
+    heads(first.wq)[:, 0::2] += shift * fast[:, None]
+    heads(first.wk)[:, 0::2] += shift * fast[:, None]
+    nn.init.orthogonal_(first.wv.weight, 0.33)
+    first.wo.weight.copy_(heads(first.wv).repeat_interleave(n_rep, 0).flatten(0, 1).T)
+    for block in model.layers[1:]:
+        wq, wk = heads(block.attention.wq), heads(block.attention.wk)
+        wq *= 1 + slow.repeat_interleave(2)[:, None]
+        wk.copy_(wq[::n_rep])
+
+
+def count_parameters(config: LLaMAConfig) -> int:
+    """The number of parameters of a network of this shape, without allocating it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LLaMA(config).parameters())
+
+
+# -- LoRA: a trainable low-rank update for each frozen weight -------------------------------------
+
+LORA_SCALE = 2.0  # alpha / r of [6], fixed here
 
 
 class LoRALinear(nn.Linear):
-    """[6] eq. 3: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) zero: it begins at the base model."""
+    """[6] eq. 3, scaled: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) is zero, so
+    training starts at the base model."""
 
     def __init__(self, linear: nn.Linear, rank: int):
+        # The weight is shared: "meta" allocates nothing for it.
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
-        where = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **where) / math.sqrt(self.in_features))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **where))
+        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        a = torch.randn(rank, self.in_features, **like) / math.sqrt(self.in_features)
+        self.lora_a = nn.Parameter(a)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 def add_lora(model: LLaMA, rank: int) -> None:
-    """Freezes the network and puts adapters of this rank on every projection of every block."""
+    """Freezes the model and adds adapters of this rank to every linear layer of every block."""
     model.requires_grad_(False)
     for block in model.layers:
         for part in (block.attention, block.feed_forward):
@@ -456,295 +606,13 @@ def add_lora(model: LLaMA, rank: int) -> None:
 
 
 def merge_lora(weights: dict) -> tuple[dict, dict]:
-    """Splits the state_dict of a network with adapters: a plain one, adapters added in; and the adapters alone."""
+    """The state_dict of a model with adapters -> weights with the adapters merged into them, and
+    the adapters alone."""
     adapters = {name: w for name, w in weights.items() if ".lora_" in name}
     merged = {name: w for name, w in weights.items() if name not in adapters}
     for name in adapters:
         if name.endswith(".lora_a"):
-            layer = name.removesuffix("lora_a")
-            change = LORA_SCALE * adapters[layer + "lora_b"] @ adapters[name]
-            merged[layer + "weight"] = merged[layer + "weight"] + change
+            prefix = name.removesuffix("lora_a")
+            update = LORA_SCALE * adapters[prefix + "lora_b"] @ adapters[name]
+            merged[prefix + "weight"] = merged[prefix + "weight"] + update
     return merged, adapters
-
-
-# -- a checkpoint is a folder: step-000400/{model.pt, optim.pt, meta.json, tokenizer.model}, and a file `latest`
-
-def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: Optional[dict] = None,
-         keep: int = 2, weights: Optional[dict] = None, adapters: Optional[dict] = None) -> Path:
-    """Writes folder/step-NNNNNN and points folder/latest at it; a crash at any moment leaves the previous one valid.
-
-    meta must hold "step". `weights` take the place of model.state_dict() where that is in pieces (FSDP) or holds
-    adapters (LoRA), which go into a file of their own. The last `keep` steps stay. Raises OSError (disk full, ...).
-    """
-    folder = Path(folder)
-    target = folder / f"step-{meta['step']:06d}"
-    partial = folder / f".{target.name}.partial"
-    for rest in folder.glob(".step-*.partial"):  # of saves that were killed
-        shutil.rmtree(rest)
-    partial.mkdir(parents=True)
-    try:
-        torch.save(model.state_dict() if weights is None else weights, partial / "model.pt")
-        if optimizer is not None:
-            torch.save(optimizer, partial / "optim.pt")
-        if adapters is not None:
-            torch.save(adapters, partial / "lora.pt")
-        if tokenizer_path is not None:
-            shutil.copy(tokenizer_path, partial / "tokenizer.model")
-            meta = {**meta, "tokenizer_sha256": hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()}
-        meta = {**meta, "config": asdict(model.config), "torch": torch.__version__,
-                "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
-        meta["crc32"] = _crc32(meta)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        for file in [*partial.iterdir(), partial]:
-            _to_disk(file)
-        replaced = folder / f".{target.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():  # the same step again: renaming onto a folder that is not empty fails
-            os.rename(target, replaced)
-        os.rename(partial, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"could not write {target} ({error}); the checkpoints before it are intact") from error
-    (folder / ".latest.partial").write_text(target.name)
-    _to_disk(folder / ".latest.partial")
-    os.replace(folder / ".latest.partial", folder / "latest")
-    _to_disk(folder)  # a name is safe when its folder is
-    others = [step for step in _steps(folder) if step != target]  # a new run in an old folder has the lowest number
-    for old in others[:max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(old)
-    return target
-
-
-def _to_disk(path: Path) -> None:
-    """Until this, what was written may exist in memory alone, and be lost with the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(meta: dict) -> int:
-    return zlib.crc32(json.dumps({k: v for k, v in meta.items() if k != "crc32"}, sort_keys=True).encode())
-
-
-# what stands in published folders: Meta's, Hugging Face's, and MiniGPT-4's downloads
-PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
-
-
-def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name[len("step-"):]))
-
-
-def find(folder) -> Path:
-    """The step folder that `folder` means: itself, or what its `latest` names. Raises Problem when there is none."""
-    folder = Path(folder)
-    if any((folder / mark).exists() for mark in ("model.pt", *PUBLISHED)):
-        return folder
-    if (folder / "latest").exists():
-        named = folder / (folder / "latest").read_text().strip()
-        if named.exists():
-            return named
-    if _steps(folder):  # a crash between two renames
-        return _steps(folder)[-1]
-    here = [p.parent.name for p in folder.parent.glob("*/latest")] if folder.parent.exists() else []
-    raise Problem(f"no checkpoint in {folder}" + (f"; there are {', '.join(sorted(here))} beside it" if here else
-                  "; `python train_sft.py` trains one in minutes"))
-
-
-def history(folder) -> list[Path]:
-    """The step folders of a run, the newest first."""
-    newest = find(folder)
-    return [newest] + [step for step in reversed(_steps(Path(folder))) if step != newest]
-
-
-def read(path: Path, mmap: bool = False) -> dict:
-    """torch.load without code execution, after checking the CRC32 of every part (torch.load ignores them).
-
-    With mmap, processes on one machine share the file's pages, and memory is taken for what they touch only.
-    """
-    try:
-        with zipfile.ZipFile(path) as z:
-            damaged = z.testzip() or next((part.filename for part in z.infolist() if part.external_attr & 16), None)
-        if damaged:
-            raise Problem(f"{path} is damaged (checksum of {damaged} is wrong)")
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:
-        raise Problem(f"{path} is not a complete checkpoint file ({str(error).splitlines()[0]})") from None
-
-
-def fingerprint(folder) -> str:
-    """Tells two trainings apart by the checksums inside model.pt, published ones by names and sizes of the files: the
-    weights are not read."""
-    step = find(folder)
-    if not (step / "model.pt").exists():
-        files = sorted((file.name, file.stat().st_size) for file in step.iterdir() if file.is_file())
-        return f"{zlib.crc32(repr(files).encode()):08x}"
-    with zipfile.ZipFile(step / "model.pt") as z:
-        return f"{zlib.crc32(repr([part.CRC for part in z.infolist()]).encode()):08x}"
-
-
-def read_meta(step: Path) -> dict:
-    """meta.json of a step folder. Raises Problem when it, or the tokenizer beside it, is damaged."""
-    tokenizer = step / "tokenizer.model"
-    try:
-        meta = json.loads((step / "meta.json").read_text())
-        if meta.get("crc32", (right := _crc32(meta))) != right:
-            raise ValueError("its checksum is wrong")
-    except ValueError as error:
-        raise Problem(f"{step / 'meta.json'} is damaged ({error})") from None
-    if "tokenizer_sha256" in meta and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != meta["tokenizer_sha256"]:
-        raise Problem(f"{tokenizer} is damaged (checksum is wrong)")
-    return meta
-
-
-def peek(folder) -> tuple[LLaMAConfig, Path, dict]:
-    """As load, but the shape of the model instead of the model: no weights are read."""
-    step = find(folder)
-    if not (step / "meta.json").exists():
-        import convert  # only here: the names and formats of others are its business
-        source = convert.open_folder(step)
-        return source.config, source.tokenizer, source.meta
-    meta = read_meta(step)
-    return LLaMAConfig(**meta["config"]), step / "tokenizer.model", meta
-
-
-def load(folder, mmap: bool = False, network: Optional[nn.Module] = None,
-         **options) -> tuple[nn.Module, Path, dict]:
-    """Returns model, the path of its tokenizer.model, and meta.json as a dict. Raises Problem for anything damaged.
-
-    The file may hold only what was learned in a `network` that exists already, such as one layer between frozen
-    parts. Published weights (a folder of Meta's or Hugging Face's), and the options dtype, device and quantize, are
-    for convert.load, which reads one tensor at a time.
-    """
-    step = find(folder)
-    if options or not (step / "meta.json").exists():
-        import convert
-        return convert.load(step, **options)
-    meta = read_meta(step)
-    weights = {name: w.float() for name, w in read(step / "model.pt", mmap).items()}
-    if network is None:
-        with torch.device("meta"):  # shapes only: the weights are about to come
-            model = LLaMA(LLaMAConfig(**meta["config"]))
-    else:
-        model, weights = network, {**network.state_dict(), **weights}
-    try:
-        model.load_state_dict(weights, assign=network is None)
-    except RuntimeError as error:
-        raise Problem(f"{step / 'model.pt'} does not fit the shape in meta.json: "
-                      + " ".join(str(error).split("\n\t")[1:3])) from None
-    if network is None:
-        model.tie()
-    return model.eval(), step / "tokenizer.model", meta
-
-
-# -- the estimator: python model.py --preset=7B --gpus=8 --seq=2048 --batch=4 --------------------------------
-
-GPUS = {"A100-40GB": (40, 312), "A100-80GB": (80, 312), "H100": (80, 989), "H200": (141, 989), "RTX4090": (24, 165)}
-# GB of memory, dense bfloat16 TFLOP/s; from the makers' data sheets
-
-
-def step_flops(config: LLaMAConfig, seq: int, checkpointing: bool = False) -> float:
-    """Of a training step, per token: 2 forward and 4 backward for each weight of a matrix product, 2 more where
-    the forward pass is done again; attention's two products likewise, halved because they are causal."""
-    c, passes = config, 4 if checkpointing else 3
-    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    return 2 * passes * c.n_layers * (block + seq * c.dim) + 6 * c.vocab_size * c.dim
-
-
-def memory(config: LLaMAConfig, gpus: int = 1, batch: int = 1, seq: int = 2048, dtype=torch.bfloat16,
-           checkpointing: bool = False) -> dict[str, float]:
-    """Bytes on each GPU in training with AdamW, fp32 master weights, every token learned; "peak" is what must fit.
-
-    What autograd keeps of a block is counted tensor by tensor, as Block.forward makes them.
-    """
-    c, n, e = config, batch * seq, 2 if dtype == torch.bfloat16 else 4  # n tokens, e bytes of an activation
-    vocab = c.vocab_size * c.dim
-    block = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim + 2 * c.dim
-    total = c.n_layers * block + (1 if c.tied else 2) * vocab + c.dim
-    kept = n * (2 * ((4 + 2 * e) * c.dim + 4)  # each norm: input in fp32, input / rms, times weight; 1 / rms
-                + 4 * e * c.dim + 4 * c.n_heads  # q, k and v (repeated to all heads), what wo reads; softmax' sum
-                + 4 * e * c.hidden_dim)  # w1's and w3's output, silu, their product
-    kept += 8 * seq * c.head_dim  # the angles by which q and k are turned
-    activations = c.n_layers * n * e * c.dim if checkpointing else c.n_layers * kept
-    rows = min(n, max(128, 2 ** 25 // c.vocab_size // 128 * 128))  # LLaMA.nll computes so many logits at once
-    loss = 3 * 4 * rows * c.vocab_size + n * e * c.dim  # log p, its gradient, the logits'; the rows themselves
-    if gpus > 1:  # whole at a time: two blocks, the matrices at both ends, two blocks' gradients before their sum
-        copies = e * (2 * block + 2 * vocab) + (e + 4) * 2 * block
-    else:
-        copies = 2 * total if e == 2 else 0  # autocast's copies of the weights
-    parts = dict(weights=4 * total / gpus, gradients=4 * total / gpus, optimizer=8 * total / gpus, copies=copies,
-                 activations=activations, loss=loss)
-    # Gradients come as activations go. The top is at the loss, or where the backward pass enters the last block
-    # or leaves the first; inside a block, gradients of activations and (checkpointing) its own come on top.
-    inside = n * e * 3 * c.hidden_dim + (kept if checkpointing else 0)
-    top = max(activations + loss, activations + 4 * vocab / gpus + inside, parts["gradients"] + inside)
-    return dict(parts, peak=parts["weights"] + parts["optimizer"] + copies + top)
-
-
-# -- python model.py -----------------------------------------------------------------------------------------
-
-@dataclass
-class ModelConfig:
-    preset: str = ""  # one of the presets; all when not given
-    vocab_size: int = 32000  # rows of the embedding
-    gpus: int = 0  # what training takes on so many (FSDP)
-    gpu: Literal["A100-40GB", "A100-80GB", "H100", "H200", "RTX4090"] = "A100-80GB"  # of this kind
-    seq: int = 2048  # tokens in a row
-    batch: int = 1  # rows in one forward pass on one GPU
-    tokens: float = 1.1e9  # to train on: ShareGPT's 370 M three times, as Vicuna did
-    mfu: float = 0.4  # share of the GPU's peak that is reached
-    price: float = 1.5  # dollars per GPU and hour; what Vicuna's published $300 for a day on 8 come to
-
-    def __post_init__(self):
-        for name in ("vocab_size", "seq", "batch", "tokens", "mfu", "price"):
-            if getattr(self, name) <= 0:
-                raise Problem(f"--{name}={getattr(self, name)} must be more than 0")
-        if self.gpus < 0 or self.mfu > 1:
-            raise Problem("--gpus must not be negative, and --mfu at most 1")
-        if self.preset and self.preset not in PRESETS:
-            raise Problem(f"--preset={self.preset}: there are {', '.join(PRESETS)}")
-        if self.gpus and not self.preset:
-            raise Problem(f"--gpus={self.gpus} needs --preset, one of {', '.join(PRESETS)}")
-
-
-def main(cfg: ModelConfig) -> dict:
-    figures = {}
-    for name in [cfg.preset] if cfg.preset else PRESETS:
-        with torch.device("meta"):  # shapes only: no memory
-            model = LLaMA(LLaMAConfig(vocab_size=cfg.vocab_size, **PRESETS[name]))
-        figures[name] = sum(p.numel() for p in model.parameters())
-        c = model.config
-        print(f"{name:>6}: {figures[name]:>14,} parameters   dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
-              f"feed-forward {c.hidden_dim}")
-        if cfg.preset and not cfg.gpus:
-            for part, p in model.named_parameters():
-                if not re.match(r"layers\.[1-9]", part):
-                    print(f"        {part:<34} {tuple(p.shape)}")
-    return figures | estimate(cfg, c) if cfg.gpus else figures
-
-
-def estimate(cfg: ModelConfig, config: LLaMAConfig) -> dict:
-    """Prints what full fine-tuning takes: memory on each GPU, time, money."""
-    room, peak = GPUS[cfg.gpu]
-    plain, saving = (memory(config, cfg.gpus, cfg.batch, cfg.seq, checkpointing=c) for c in (False, True))
-    print(f"full fine-tuning in bfloat16 on {cfg.gpus} x {cfg.gpu}, {cfg.batch} x {cfg.seq} tokens on each; GB per "
-          f"GPU:\n"
-          f"{'':<26}{'':>12}{'checkpointing':>16}")
-    for part in plain:
-        print(f"{part:>26}{plain[part] / 1e9:>12.1f}{saving[part] / 1e9:>16.1f}")
-    # CUDA takes about 1 GB for itself, and fragments cost something
-    fits = [m["peak"] < 0.95 * room * 1e9 - 1e9 for m in (plain, saving)]
-    print(f"{f'of {room} GB: does it fit?':>26}{'yes' if fits[0] else 'no':>12}{'yes' if fits[1] else 'no':>16}")
-    flops = step_flops(config, cfg.seq)
-    hours = flops * cfg.tokens / (cfg.gpus * peak * 1e12 * cfg.mfu) / 3600
-    print(f"{flops / 1e9:.1f} GFLOP per token; {cfg.tokens:.3g} tokens at {100 * cfg.mfu:.0f}% of {peak} TFLOP/s: "
-          f"{hours:.1f} hours, ${hours * cfg.gpus * cfg.price:.0f} at ${cfg.price} per GPU and hour")
-    return dict(peak=plain["peak"], peak_checkpointing=saving["peak"], fits=fits, flops=flops, hours=hours,
-                dollars=hours * cfg.gpus * cfg.price)
-
-
-if __name__ == "__main__":
-    run(main, ModelConfig)
