@@ -1,168 +1,150 @@
-"""What MiniGPT-4 sees with: image files, a ViT, a Q-Former, and one linear layer into LLaMA.
+"""The vision side of MiniGPT-4: image files, a ViT, a Q-Former, and a linear projection into LLaMA.
 
-    python vision.py                     # the published sizes, part by part
-    python vision.py --image=photo.jpg   # what the model gets to see of a picture: seen.png
+References: [1] Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592); [2] Li et al. 2023, BLIP-2, for the
+Q-Former (2301.12597); [3] Fang et al. 2022, EVA, for the ViT (2211.07636); [4] Dosovitskiy et al.
+2020, An Image is Worth 16x16 Words (2010.11929).
 
-References: [1] Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592); [2] Li et al. 2023, BLIP-2: the Q-Former
-(2301.12597); [3] Fang et al. 2022, EVA: the ViT (2211.07636); [4] Dosovitskiy et al. 2020, An Image is Worth
-16x16 Words (2010.11929).
+Each module has the weights of one published checkpoint: `ViT` EVA's, under EVA's keys; `QFormer`
+BLIP-2's (queries, `ln_vision`, BERT layers); `llama_proj` MiniGPT-4's. tools/convert.py reads them.
 
-Each module is the home of one published file: `ViT` of EVA's, with its keys; `QFormer` of BLIP-2's (queries,
-the layer norm between ViT and Q-Former, BERT layers); `llama_proj` of MiniGPT-4's. There is no dropout.
-
-Letters in the shape comments: N images, P patches, Q queries, C width, H heads, D head width; B, T: LLaMA's.
+Letters in the shape comments: N images, P patches, Q queries, C dimension of the module at hand,
+H heads, D head dimension; B, T as in model.py.
 """
 
 import math
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional, Union
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.checkpoint import checkpoint
 
 import model
-from config import Problem, run
+from tools import checkpoint
+from tools.config import UserError
+from tools.machine import choose_device
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's, of red, green, blue
+# CLIP's mean and standard deviation per channel (RGB)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 @dataclass
 class ViTConfig:
-    image_size: int = 48  # pixels a side; pictures are squashed to this
+    image_size: int = 48  # images are resized to a square of this side, ignoring aspect ratio
     patch_size: int = 12
     dim: int = 128
     n_layers: int = 4
     n_heads: int = 4
-    hidden_dim: int = 256  # of the feed-forward
-    penultimate: bool = False  # leave the last layer out: BLIP-2 uses what stands before it
+    hidden_dim: int = 256  # of the feed-forward layer
+    penultimate: bool = False  # drop the last block: BLIP-2 uses the features before it
     norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise Problem(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
-        if self.dim % self.n_heads:
-            raise Problem(f"dim={self.dim} of the ViT must be a multiple of n_heads={self.n_heads}")
 
 
 @dataclass
 class QFormerConfig:
-    vision_dim: int = 128  # width of the ViT
+    vision_dim: int = 128  # dimension of the ViT
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
     hidden_dim: int = 256
-    n_queries: int = 10  # image vectors that LLaMA gets for a picture
-    cross_every: int = 2  # layers 0, 2, 4, ... look at the picture
+    n_queries: int = 10  # query tokens, hence image vectors per image
+    cross_every: int = 2  # cross-attention in every n-th layer, starting with layer 0
     norm_eps: float = 1e-12
 
-    def __post_init__(self):
-        if self.dim % self.n_heads:
-            raise Problem(f"dim={self.dim} of the Q-Former must be a multiple of n_heads={self.n_heads}")
 
-
-PRESETS = {
-    "toy": (dict(), dict()),
+PRESETS = {  # ViT, Q-Former
+    "toy": (dict(), dict()),  # the defaults above
     "photos": (dict(image_size=32, patch_size=4, dim=192, n_heads=3, hidden_dim=384),
                dict(vision_dim=192, n_queries=4)),
-    "minigpt4": (dict(image_size=224, patch_size=14, dim=1408, n_layers=40, n_heads=16, hidden_dim=6144,
-                      penultimate=True),  # EVA's ViT-g/14
-                 dict(vision_dim=1408, dim=768, n_layers=12, n_heads=12, hidden_dim=3072, n_queries=32)),
+    "minigpt4": (dict(image_size=224, patch_size=14, dim=1408, n_layers=40, n_heads=16,
+                      hidden_dim=6144, penultimate=True),  # EVA's ViT-g/14
+                 dict(vision_dim=1408, dim=768, n_layers=12, n_heads=12, hidden_dim=3072,
+                      n_queries=32)),
 }
 
 
-# -- image files ---------------------------------------------------------------------------------------------
+# -- image files ----------------------------------------------------------------------------------
 
 def open_image(path) -> Image.Image:
-    """A picture file as 8-bit RGB: upright (EXIF), transparent parts white, first frame of an animation.
-
-    Raises Problem, with the file's name, for what is missing, broken, too large or no picture.
-    """
+    """Opens an image file as 8-bit RGB: EXIF rotation applied, transparency composited on white,
+    first frame of an animation. Raises UserError if it is missing, damaged, or not an image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from 89 million pixels on, and refuses twice that
-            with Image.open(path) as image:
-                return to_rgb(ImageOps.exif_transpose(image))  # reads all pixels, up to where a file is cut
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
     except UnidentifiedImageError:
-        raise Problem(f"{path} {not_a_picture(path)}") from None
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10 ** 6
-        raise Problem(f"{path} has more than {limit} million pixels; make it smaller") from None
-    except OSError as error:
-        if error.errno is None:  # Pillow's own: the picture, not the disk
-            raise Problem(f"{path} is damaged ({error})") from None
-        hint = "; download it first" if "://" in str(path) else ""
-        raise Problem(f"cannot open the picture {path}: {error.strerror}{hint}") from None
-    except (ValueError, SyntaxError, LookupError, EOFError, TypeError, OverflowError) as error:  # damage
-        raise Problem(f"{path} is damaged, or of a kind that Pillow cannot convert ({error})") from None
+        raise UserError(f"{path} {describe_unreadable(path)}") from None
+    except Exception as error:  # Pillow's decoders raise almost anything
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read image {path}: {reason}") from None
 
 
-def not_a_picture(path) -> str:
-    """What a file is that Pillow does not know; the usual ones come from downloads that went wrong."""
+def describe_unreadable(path) -> str:
+    """Why Pillow cannot read a file; usually the download failed."""
     with open(path, "rb") as file:
         head = file.read(100).lstrip().lower()
-    if not head:
-        return "is empty"
     if head.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not a picture; download the picture itself"
+        return "is a web page, not an image; download the image itself"
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git-LFS pointer; fetch the picture itself with `git lfs pull`"
-    return "is not a picture that Pillow can read; save it as JPEG or PNG"
+        return "is a Git-LFS pointer; fetch the image itself with `git lfs pull`"
+    return "is not an image that Pillow can read; save it as JPEG or PNG"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey: Pillow clips at 255
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
-        white = 65535 if image.mode.startswith("I;16") else next(
-            (w for w in (1, 255, 65535) if grey.max() <= w and (w > 1 or image.mode == "F")), grey.max())
-        image = Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
-    bands = image.getbands()
-    if "A" in bands or "a" in bands or "transparency" in image.info:  # convert("RGB") shows hidden colours
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16- or 32-bit gray: convert("RGB") would clip it at 255
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
+        # a 32-bit file does not say which value is white: take its largest
+        white = 65535 if image.mode.startswith("I;16") else max(1, gray.max())
+        image = Image.fromarray((gray * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        # convert("RGB") alone would show the colors that transparency hides
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def preprocess(image: Union[Image.Image, np.ndarray], size: int) -> torch.Tensor:
-    """RGB, or uint8 (H, W, 3), to (3, size, size): squashed by Pillow's bicubic filter, CLIP's scale."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
+def preprocess(image: Image.Image | np.ndarray, size: int) -> torch.Tensor:
+    """An RGB image, or uint8 (height, width, 3) -> (3, size, size): resized with Pillow's bicubic
+    filter, normalized with CLIP's statistics."""
+    image = Image.fromarray(np.asarray(image)).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - MEAN) / STD
 
 
 def load_image(path, size: int = 224) -> torch.Tensor:
-    """A picture file as (3, size, size), ready for the ViT. Errors as of open_image."""
-    return preprocess(open_image(path), size)
+    """An image file, or uint8 (height, width, 3) -> (3, size, size), ready for the ViT. Raises
+    UserError as open_image does."""
+    image = path if isinstance(path, np.ndarray) else open_image(path)
+    return preprocess(image, size)
 
 
-# -- ViT -----------------------------------------------------------------------------------------------------
+# -- ViT ------------------------------------------------------------------------------------------
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Everyone sees everyone: q (N, T, C), k and v (N, S, C) -> (N, T, C)."""
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (N, H, T or S, D)
+    """Multi-head attention without a mask: q (N, T, C), k and v (N, S, C) -> (N, T, C)."""
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (N, H, ., D)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def init_linear(linear: nn.Module, scale: float = 1.0) -> None:
-    """0.02, as EVA and BERT, at the width 1408; narrower layers get more. Biases begin at 0."""
-    nn.init.trunc_normal_(linear.weight, std=scale * 0.75 / math.sqrt(linear.weight[0].numel()))
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def init_layer(layer: nn.Module, scale: float = 1.0) -> None:
+    """std 0.75 / sqrt(fan-in), which is EVA's 0.02 at its width of 1408. Biases are zero."""
+    fan_in = layer.weight[0].numel()
+    nn.init.trunc_normal_(layer.weight, std=scale * 0.75 / math.sqrt(fan_in))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class PatchEmbed(nn.Module):
-    """[4] eq. 1: the picture in squares, each mapped to a vector. Row by row, from the top left."""
+    """The patch projection of [4] eq. 1: square patches, row by row, each mapped to a vector."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
+        # kernel = stride = patch size: one linear map for every patch
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.proj(pixels).flatten(2).transpose(1, 2)  # (N, 3, h, w) -> (N, P, C)
@@ -173,13 +155,14 @@ class ViTAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(config.dim))  # none for k: softmax would not notice
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))  # no bias for k: softmax cancels it
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (N, 1+P, C) each
-        return self.proj(attend(q + self.q_bias.type_as(q), k, v + self.v_bias.type_as(v), self.n_heads))
+        q, v = q + self.q_bias.type_as(q), v + self.v_bias.type_as(v)
+        return self.proj(attend(q, k, v, self.n_heads))
 
 
 class MLP(nn.Module):
@@ -193,6 +176,8 @@ class MLP(nn.Module):
 
 
 class ViTBlock(nn.Module):
+    """Pre-norm transformer block: x (N, 1 + P, C)."""
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)
@@ -206,60 +191,47 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """[3]: pixels (N, 3, h, w) -> (N, 1 + P, C), the class token first; no norm after the last block."""
+    """[3]: pixels (N, 3, h, w) -> (N, 1 + P, C), class token first. No final norm."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass
+        assert config.image_size % config.patch_size == 0, "image_size must be n * patch_size"
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        patches = (config.image_size // config.patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, config.dim))
-        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.n_layers - config.penultimate))
+        n_patches = (config.image_size // config.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + n_patches, config.dim))
+        n_blocks = config.n_layers - 1 if config.penultimate else config.n_layers
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(n_blocks))
         self.init_weights()
 
     def init_weights(self) -> None:
-        """EVA's: trunc-normal, and what writes into the residual stream is scaled down with depth. But
-        positions begin louder: beside pixels with a spread of 0.75, EVA's 0.02 goes unheard for long."""
+        """EVA's: layers that write into the residual stream are scaled by 1 / sqrt(2 * layer). One
+        change: position embeddings have std 0.3, not 0.02. Patch embeddings have a std of about
+        0.75, and a small model is slow to notice positions that are much smaller."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.3)
-        init_linear(self.patch_embed.proj)
+        init_layer(self.patch_embed.proj)
         for i, block in enumerate(self.blocks):
-            for linear in (block.attn.qkv, block.mlp.fc1):
-                init_linear(linear)
-            for linear in (block.attn.proj, block.mlp.fc2):
-                init_linear(linear, 1 / math.sqrt(2 * (i + 1)))
+            init_layer(block.attn.qkv)
+            init_layer(block.mlp.fc1)
+            scale = 1 / math.sqrt(2 * (i + 1))
+            init_layer(block.attn.proj, scale)
+            init_layer(block.mlp.fc2, scale)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        (height, width), side = pixels.shape[-2:], self.config.patch_size
-        if height % side or width % side:
-            raise Problem(f"a picture of {width} x {height} pixels cannot be cut into squares of {side}")
         x = self.patch_embed(pixels.to(self.patch_embed.proj.weight.dtype))  # (N, P, C)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1).type_as(x), x), dim=1)  # (N, 1+P, C)
-        x = x + resize_positions(self.pos_embed, height // side, width // side).type_as(x)
+        cls = self.cls_token.expand(len(x), -1, -1).type_as(x)
+        x = torch.cat((cls, x), dim=1) + self.pos_embed.type_as(x)  # (N, 1+P, C)
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x)
         return x
 
 
-def resize_positions(positions: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The table (1, 1 + old grid, C) for another grid: bicubic, in fp32; the class token's row is kept."""
-    side = math.isqrt(positions.shape[1] - 1)
-    if (rows, columns) == (side, side):
-        return positions
-    patches = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, C, side, side)
-    patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", align_corners=False)
-    return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2).type_as(positions)), dim=1)
-
-
-# -- Q-Former ------------------------------------------------------------------------------------------------
+# -- Q-Former -------------------------------------------------------------------------------------
 
 class QFormerAttention(nn.Module):
-    """BERT's attention, the norm *after* the residual; keys and values from `source`, of width source_dim."""
+    """Post-norm attention, as in BERT. Keys and values come from `source`: x or the image."""
 
     def __init__(self, config: QFormerConfig, source_dim: int):
         super().__init__()
@@ -276,6 +248,8 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerLayer(nn.Module):
+    """Queries x (N, Q, C) attend to each other and, in some layers, to the ViT's features."""
+
     def __init__(self, config: QFormerConfig, layer: int):
         super().__init__()
         self.self_attention = QFormerAttention(config, config.dim)
@@ -285,169 +259,136 @@ class QFormerLayer(nn.Module):
         self.mlp = MLP(config.dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        x = self.self_attention(x, x)  # the queries look at each other
+    def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        x = self.self_attention(x, x)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, image)
+            x = self.cross_attention(x, features)
         return self.norm(x + self.mlp(x))
 
 
 class QFormer(nn.Module):
-    """[2] section 3.1, without the text branch: ViT features (N, 1 + P, vision_dim) -> (N, Q, dim)."""
+    """[2] section 3.1, without text branch and dropout: (N, 1 + P, vision_dim) -> (N, Q, dim)."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.config = config
-        self.ln_vision = nn.LayerNorm(config.vision_dim, 1e-5)  # BLIP-2's, between the two: not the ViT's eps
+        self.ln_vision = nn.LayerNorm(config.vision_dim, 1e-5)  # not norm_eps
         self.query_tokens = nn.Parameter(torch.zeros(1, config.n_queries, config.dim))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.layers = nn.ModuleList(QFormerLayer(config, i) for i in range(config.n_layers))
         nn.init.normal_(self.query_tokens, std=0.02)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                init_linear(module)
+                init_layer(module)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        image = self.ln_vision(image.to(self.ln_vision.weight.dtype))
-        x = self.norm(self.query_tokens).expand(len(image), -1, -1)  # (N, Q, C)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.ln_vision(features.to(self.ln_vision.weight.dtype))
+        x = self.norm(self.query_tokens).expand(len(features), -1, -1)  # (N, Q, C)
         for layer in self.layers:
-            x = layer(x, image)
+            x = layer(x, features)
         return x
 
 
-# -- MiniGPT-4 -----------------------------------------------------------------------------------------------
+# -- MiniGPT-4 ------------------------------------------------------------------------------------
 
 class MiniGPT4(nn.Module):
-    """[1]: ViT, Q-Former and LLaMA frozen; `llama_proj`, one linear layer between them, is all that learns.
+    """[1]: ViT, Q-Former and LLaMA are frozen; only `llama_proj`, the projection from Q-Former to
+    LLaMA, is trained.
 
-    `images` is pixels (N, 3, h, w), or their `features` (N, Q, C) when the frozen half was computed before. A
-    picture fills Q image slots (token -1) of the text, in order; a row of the batch may hold any number.
+    `images` are pixels (N, 3, h, w), or precomputed outputs of the Q-Former (N, Q, C). Each image
+    fills Q image slots of the text, in order; a row may hold several images.
     """
 
     def __init__(self, llama: model.LLaMA, vit: ViT, qformer: QFormer):
         super().__init__()
-        if vit.config.dim != qformer.config.vision_dim:
-            raise Problem(f"a ViT of width {vit.config.dim} and a Q-Former for {qformer.config.vision_dim}")
         self.vit, self.qformer, self.llama = vit, qformer, llama
-        self.config, self.n_queries = llama.config, qformer.config.n_queries
+        self.config = llama.config
+        self.n_queries = qformer.config.n_queries
         self.llama_proj = nn.Linear(qformer.config.dim, llama.config.dim)
         for part in (vit, qformer, llama):
             part.requires_grad_(False)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.vit.eval()
-        self.qformer.eval()
-        return self
-
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The frozen half: (N, 3, h, w) -> (N, Q, C of the Q-Former)."""
+        """The frozen encoder: (N, 3, h, w) -> (N, Q, C of the Q-Former)."""
         return self.qformer(self.vit(pixels))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels or features of N pictures -> (N * Q, C of LLaMA), for as many image slots."""
+        """Pixels or features of N images -> (N * Q, C of LLaMA), one vector for each slot."""
         if images.dim() == 4:
             images = self.features(images)
         return self.llama_proj(images.to(self.llama_proj.weight.dtype)).flatten(0, 1)
 
     @torch.inference_mode()
-    def look(self, path) -> torch.Tensor:
-        """A picture file as (Q, C of LLaMA). Errors as of open_image."""
-        weight = self.llama_proj.weight
+    def encode_image(self, path) -> torch.Tensor:
+        """An image file -> (Q, C of LLaMA). Raises UserError as open_image does."""
         pixels = load_image(path, self.vit.config.image_size)
-        return self.encode(pixels[None].to(weight.device, weight.dtype))
+        return self.encode(pixels[None].to(self.llama_proj.weight.device))
 
-    def forward(self, tokens: torch.Tensor, images: Optional[torch.Tensor] = None, **options) -> torch.Tensor:
-        """As of LLaMA: tokens (B, T) -> logits (B, T, V)."""
-        return self.llama(tokens, self.encode(images) if images is not None else None, **options)
+    def forward(self, tokens: torch.Tensor, images: torch.Tensor | None = None,
+                **options) -> torch.Tensor:
+        """Like LLaMA.forward: tokens (B, T) -> logits (B, T, V)."""
+        vectors = self.encode(images) if images is not None else None
+        return self.llama(tokens, vectors, **options)
 
-    def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: Optional[torch.Tensor] = None,
-            segments: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of LLaMA: sum of -log p over supervised tokens, and their count. A batch without pictures gives
-        the projection a gradient of zeros: other processes may have pictures, and wait for it."""
+    def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None = None,
+            segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like LLaMA.nll. Without images it projects an empty tensor, so that llama_proj still gets
+        a (zero) gradient: FSDP needs one on every rank."""
         if images is None:
-            images = self.llama_proj.weight.new_zeros(0, self.n_queries, self.llama_proj.in_features)
+            width = self.llama_proj.in_features
+            images = self.llama_proj.weight.new_zeros(0, self.n_queries, width)
         return self.llama.nll(tokens, labels, self.encode(images), segments)
 
-    def generate(self, prompts, max_new_tokens: int, images: Optional[torch.Tensor] = None,
+    def generate(self, prompts, max_new_tokens: int, images: torch.Tensor | None = None,
                  **options) -> Iterator[list[int]]:
-        """As of LLaMA; images in the order of the slots of all prompts."""
+        """Like LLaMA.generate; images in the order of their slots across all prompts."""
         with torch.inference_mode():
             vectors = self.encode(images) if images is not None else None
         return self.llama.generate(prompts, max_new_tokens, images=vectors, **options)
 
 
-# -- checkpoints: what learned is in the file, what was frozen is named in meta.json -------------------------
+# -- checkpoints: model.pt has the trained weights only, meta.json names the frozen parts ---------
 
-def load_encoder(folder) -> tuple[ViT, QFormer, dict]:
-    """ViT and Q-Former of a folder that stage 0 has written, and its meta.json; or of EVA's and BLIP-2's files."""
-    step = model.find(folder)
+def load_encoder(folder) -> tuple[ViT, QFormer]:
+    """ViT and Q-Former from stage 0 of train_vlm.py, or from EVA's and BLIP-2's published files."""
+    step = checkpoint.find(folder)
     if not (step / "meta.json").exists():
-        import convert
-        return (*convert.load_encoder(step), {})
-    meta = model.read_meta(step)
-    if "vit" not in meta["config"]:
-        raise Problem(f"{folder} holds no ViT and Q-Former; `python train_vlm.py --stage=0` trains some")
-    network = nn.Module()
-    network.vit = ViT(ViTConfig(**meta["config"]["vit"]))
-    network.qformer = QFormer(QFormerConfig(**meta["config"]["qformer"]))
-    weights = model.read(step / "model.pt")
-    network.load_state_dict({name: w for name, w in weights.items() if not name.startswith("head.")})
-    return network.vit.eval(), network.qformer.eval(), meta
+        from tools import convert
+        return convert.load_encoder(step)
+    config = checkpoint.read_meta(step)["config"]
+    if "vit" not in config:
+        raise UserError(f"{folder} has no ViT or Q-Former; train them with "
+                        "`python train_vlm.py --stage=0`")
+    encoder = nn.ModuleDict(dict(vit=ViT(ViTConfig(**config["vit"])),
+                                 qformer=QFormer(QFormerConfig(**config["qformer"]))))
+    weights = checkpoint.read(step / "model.pt")
+    # stage 0's classification head is no longer needed
+    encoder.load_state_dict({n: w for n, w in weights.items() if not n.startswith("head.")})
+    return encoder["vit"].eval(), encoder["qformer"].eval()
 
 
-def load(folder, device: str = "cpu", **options) -> tuple[Union[model.LLaMA, MiniGPT4], Path, dict]:
-    """As model.load, also for a folder that stage 1 or 2 of train_vlm.py has written: then it has eyes."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    step = model.find(folder)
-    made_with = model.read_meta(step).get("settings", {}) if (step / "meta.json").exists() else {}
-    if "vision" not in made_with:
-        return model.load(step, device=device, **options)
-    parts = {}
-    for part in ("llama", "vision"):
-        path = Path(made_with[part])
-        if not path.exists():  # the folder of runs was moved
-            path = step.parent.parent / path.parent.name / path.name
-        if not path.exists():
-            raise Problem(f"{folder} needs its {part} part, {made_with[part]}, which is gone")
-        if model.fingerprint(path) != made_with[f"{part}_crc"]:
-            raise Problem(f"{path} was trained again since {folder} learned from it; train that again too")
-        parts[part] = path
-    vit, qformer, _ = load_encoder(parts["vision"])
-    llama, _, _ = model.load(parts["llama"], device=device, **options)
-    return model.load(step, network=MiniGPT4(llama, vit, qformer).to(device))
+def load(folder, device: str = "cpu", **options) -> tuple[nn.Module, Path, dict]:
+    """Like checkpoint.load, but a folder written by stage 1 or 2 of train_vlm.py gives a MiniGPT4.
+    The options dtype and quantize are for the language model."""
+    device = choose_device(device)
+    step = checkpoint.find(folder)
+    meta = checkpoint.read_meta(step) if (step / "meta.json").exists() else {}
+    settings = meta.get("settings", {})
+    if "vision" not in settings:  # a language model
+        return checkpoint.load(step, device=device, **options)
+    vit, qformer = load_encoder(find_part(step, settings, "vision"))
+    llama_folder = find_part(step, settings, "llama")
+    llama, _, _ = checkpoint.load(llama_folder, device=device, **options)
+    return checkpoint.load(step, network=MiniGPT4(llama, vit, qformer).to(device))
 
 
-# -- python vision.py ----------------------------------------------------------------------------------------
-
-@dataclass
-class VisionConfig:
-    image: str = ""  # a picture file: writes what the model sees of it as seen.png
-    size: int = 224  # pixels a side
-
-
-def main(cfg: VisionConfig) -> dict:
-    if cfg.image:
-        pixels = load_image(cfg.image, cfg.size)
-        array = ((pixels * STD + MEAN) * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(array).save("seen.png")
-        print(f"{cfg.image} as {cfg.size} x {cfg.size} pixels is in seen.png")
-        return dict(shape=tuple(pixels.shape))
-    figures = {}
-    for name, (vit, qformer) in PRESETS.items():
-        with torch.device("meta"):  # shapes only: no memory
-            parts = {"ViT": ViT(ViTConfig(**vit)), "Q-Former": QFormer(QFormerConfig(**qformer))}
-            for llama in ("7B", "13B") if name == "minigpt4" else ("toy",):
-                width = parts["Q-Former"].config.dim, model.PRESETS[llama]["dim"]
-                parts[f"projection to {llama}"] = nn.Linear(*width)
-        print(name)
-        for part, module in parts.items():
-            figures[name, part] = sum(p.numel() for p in module.parameters())
-            print(f"  {part:<18} {figures[name, part]:>13,} parameters   {getattr(module, 'config', module)}")
-    return figures
-
-
-if __name__ == "__main__":
-    run(main, VisionConfig)
+def find_part(step: Path, settings: dict, part: str) -> Path:
+    """The checkpoint of a frozen part. Raises UserError if it is gone, or is another one now."""
+    path = Path(settings[part])
+    if not path.exists():  # out/ was moved, or this is another working directory
+        path = step.parent.parent / path.parent.name / path.name
+    if not path.exists():
+        raise UserError(f"{step} was trained with {settings[part]}, which no longer exists")
+    if checkpoint.fingerprint(path) != settings[f"{part}_crc"]:
+        raise UserError(f"{path} has changed since {step} was trained with it; retrain {step}")
+    return path
