@@ -1,296 +1,365 @@
-"""Talk to it in a terminal.
+"""Chat with a model in the terminal.
 
-    python sample.py                                # the newest chat model under out/
+    python sample.py                                # out/vicuna, or what else is under out/
     python sample.py --ckpt=out/alpaca --temperature=0.7
     python sample.py --prompt="Who are you?"        # one answer, then exit
-    cat questions.txt | python sample.py            # one message a line, answers on standard output
-    python sample.py --ckpt=out/minigpt4 --image=photo.jpg   # about a picture
+    cat questions.txt | python sample.py            # one message per line, answers on stdout
+    python sample.py --ckpt=out/minigpt4 --image=photo.jpg       # about a picture
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
 
-In the chat: /image FILE /reset /undo /retry /save FILE /load FILE /quit. Ctrl-C stops an answer only.
-What was read once stays in the KV cache: a new turn costs only its own tokens, however long the chat is.
+In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
+an answer. The KV cache is reused between turns, so that only new tokens are processed. The context
+is as long as the rows that the model was trained on; the oldest rounds are dropped to fit into it.
 """
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 
 import data
 import model
 import vision
-from config import Problem, run
+from tools import checkpoint, config
+from tools.config import UserError, refuse_unused
 
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # folder of ours, Meta's or Hugging Face's; the newest of ours when not given
-    prompt: str = ""  # ask this once and exit
-    image: str = ""  # a picture that the first question is about
-    template: str = ""  # the model's own when not given
-    max_new_tokens: int = 256  # longest answer
-    temperature: float = 0.0  # 0: always the likeliest token; Vicuna's demo used 0.7
-    top_k: int = 0  # sample among so many likeliest tokens; 0: all
-    top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
-    repetition_penalty: float = 1.0  # above 1: what was said becomes less likely
-    seed: int = 0  # of the sampling
+    ckpt: str = ""  # checkpoint folder: ours, Meta's or Hugging Face's; the newest by default
+    prompt: str = ""  # answer this and exit
+    image: str = ""  # picture for the first question
+    template: str = ""  # the model's own by default
+    max_new_tokens: int = 256  # longest answer, in tokens
+    temperature: float = 0.0  # 0: greedy (but /retry samples at 0.7, as Vicuna's demo did)
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # nucleus sampling: from the smallest set that has this probability
+    repetition_penalty: float = 1.0  # above 1: penalize tokens that are in the context already
+    seed: int = 0  # for sampling
     device: str = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 from 1 B parameters up
-    quantize: Optional[Literal["q8", "q4"]] = None  # matrices in eight or four bits, llama.cpp's blocks
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 above 1 B parameters
+    quantize: Literal["", "q8", "q4"] = ""  # quantize to llama.cpp's 8- or 4-bit blocks
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise Problem("--temperature and --top_k must not be negative, --top_p lies in (0, 1], "
-                          "--repetition_penalty is above 0")
-        try:
-            torch.empty(0, device="cpu" if self.device == "auto" else self.device)
-        except (RuntimeError, AssertionError) as error:  # none such in the world, or in this machine
-            raise Problem(f"--device={self.device}: {str(error).splitlines()[0]}") from None
-        if self.max_new_tokens < 1:
-            raise Problem(f"--max_new_tokens={self.max_new_tokens} must be at least 1")
+        config.check_at_least(self, 0, "temperature", "top_k")
+        config.check_at_least(self, 1, "max_new_tokens")
+        config.check_above(self, 0, "top_p", "repetition_penalty")
+        if self.top_p > 1:
+            raise UserError(f"--top_p={self.top_p} must be at most 1")
+        if self.prompt and self.temperature == 0:
+            refuse_unused(self, ("top_k", "top_p", "seed"), "temperature 0 is greedy")
 
 
 class Picture(NamedTuple):
     path: str
-    number: int  # no two have the same
-    vectors: torch.Tensor  # (Q, C), for as many image slots
+    number: int  # never reused in a chat: tells pictures apart in the cache
+    vectors: torch.Tensor  # (Q, C), one for each image slot
 
 
 class Chat:
-    """One conversation with a model. The cache holds the tokens of `read`; a turn reads only what is new."""
+    """One conversation with a model. The KV cache holds the tokens in `cached`; a turn processes
+    only the rest of its prompt."""
 
-    def __init__(self, net: model.LLaMA, tokenizer: data.Tokenizer, template: str, cfg: SampleConfig):
+    def __init__(self, net: torch.nn.Module, tokenizer: data.Tokenizer, template: str,
+                 cfg: SampleConfig, window: int | None = None):
         self.eyes = net if isinstance(net, vision.MiniGPT4) else None
-        self.net, self.tokenizer = getattr(net, "llama", net), tokenizer
-        self.template, self.cfg, self.retries = template, cfg, 0
+        self.net = self.eyes.llama if self.eyes else net
+        self.tokenizer, self.template, self.cfg = tokenizer, template, cfg
+        self.window = window or self.net.config.max_seq_len
         weight = self.net.tok_embeddings.weight
-        self.cache = model.KVCache(net.config, 1, None, weight.dtype, weight.device)
-        self.read: list[int] = []  # ids; below 0: the slots of a picture, by its number
-        self.pictures: list[Picture] = []  # of the turns that have one, in order
-        self.seen = 0  # pictures opened so far
-        self.waiting: Optional[Picture] = None  # for the next question
+        self.cache = model.KVCache(self.net.config, 1, self.window, weight.dtype, weight.device)
+        self.cached: list[int] = []  # token ids, or -n for a slot of picture number n
         self.turns: list[data.Turn] = []
-        self.system: Optional[str] = None  # of a loaded chat
+        self.system: str | None = None  # set by load()
+        self.pictures: list[Picture] = []  # of the turns that have one, in order
+        self.pending: Picture | None = None  # for the next question
+        self.n_opened = self.n_retries = 0
+        self.notices: list[str] = []  # what the user should know about the last answer
         self.speed = ""
 
     def prompt(self) -> list[int]:
-        """Tokens up to the reply; the oldest rounds are left out when all of them would not fit."""
-        room = self.net.config.max_seq_len - min(self.cfg.max_new_tokens, 64)
+        """Tokens up to the reply, without the oldest rounds if they would not fit. Room is reserved
+        for the reply: max_new_tokens, but at most a quarter of the window."""
+        room = self.window - min(self.cfg.max_new_tokens, self.window // 4)
         conversation = data.Conversation(self.turns, system=self.system)
-        return data.prompt(conversation, self.template, self.tokenizer, room)
+        tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room)
+        if dropped:
+            rounds = "round" if dropped == 1 else f"{dropped} rounds"
+            self.notices.append(f"the context of {self.window} tokens is full: the model no longer "
+                                f"sees the oldest {rounds}")
+        return tokens
 
-    def look(self, path: str) -> None:
-        """The next question is about this picture. Raises Problem when it is none, or nobody sees."""
+    def open_picture(self, path: str) -> Picture:
+        """Raises UserError if the model has no vision encoder, or the file is no picture."""
         if not self.eyes:
-            raise Problem("this model cannot see; `python train_vlm.py` trains one that can, out/minigpt4")
-        vectors = self.eyes.look(path)
-        self.seen += 1
-        self.waiting = Picture(path, self.seen, vectors)
+            raise UserError("this model cannot see; `python train_vlm.py` trains one that can")
+        vectors = self.eyes.encode_image(path)
+        self.n_opened += 1
+        return Picture(path, self.n_opened, vectors)
 
-    def answer(self, text: str, retry: int = 0) -> Iterator[str]:
-        """Streams the reply to `text` in pieces of valid UTF-8. Stop any time: what was said is kept."""
-        self.turns.append(data.Turn("user", text, slots=self.eyes.n_queries if self.waiting else 0))
-        said, picture, self.waiting = "", self.waiting, None
-        self.pictures += [picture] if picture else []
+    def show_image(self, path: str) -> None:
+        """Attaches a picture to the next question."""
+        self.pending = self.open_picture(path)
+
+    def answer(self, text: str, attempt: int = 0) -> Iterator[str]:
+        """Streams the reply to `text` in pieces that never split a character. If the caller stops
+        early, the reply so far is kept."""
+        picture, self.pending = self.pending, None
+        self.notices = []
+        slots = self.eyes.n_queries if picture else 0
+        self.turns.append(data.Turn("user", text, slots=slots))
+        if picture:
+            self.pictures.append(picture)
+        said = ""
         try:
-            for said, piece in self._stream(self.prompt(), retry):
+            for piece in self.stream(self.prompt(), attempt):
+                said += piece
                 yield piece
-        except Problem:
+        except UserError:
             self.turns.pop()
-            self.waiting = self.pictures.pop() if picture else None
+            self.pending = self.pictures.pop() if picture else None
             raise
-        finally:
+        finally:  # finished or stopped
             if self.turns and self.turns[-1].role == "user":
                 self.turns.append(data.Turn("assistant", said))
 
-    def _stream(self, prompt: list[int], retry: int) -> Iterator[tuple[str, str]]:
-        # which picture fills which slot: the oldest rounds, and their pictures, may have been left out
-        n = self.eyes.n_queries if self.eyes else 1
-        shown = self.pictures[len(self.pictures) - prompt.count(model.IMAGE_SLOT) // n:]
-        number = iter([-p.number for p in shown for _ in range(n)])
-        marks = [next(number) if t == model.IMAGE_SLOT else t for t in prompt]
-        same = 0  # how much of the prompt the cache holds; the last token is read again to get its logits
-        while same < min(len(prompt) - 1, len(self.read)) and marks[same] == self.read[same]:
-            same += 1
-        self.cache.truncate(same)
-        self.read = list(marks)
-        images = torch.cat([p.vectors for p in shown])[sum(t < 0 for t in marks[:same]):] if shown else None
-        cfg, ids, said, start = self.cfg, [], "", time.perf_counter()
-        temperature = max(cfg.temperature, 0.7) if retry else cfg.temperature  # not the same answer again
+    def stream(self, prompt: list[int], attempt: int) -> Iterator[str]:
+        """Generates from the part of the prompt that is not cached."""
+        shown, marks = self.mark_pictures(prompt)
+        # Reuse the common prefix. The last prompt token is always processed: we need its logits.
+        n_cached = 0
+        while n_cached < min(len(marks) - 1, len(self.cached)):
+            if marks[n_cached] != self.cached[n_cached]:
+                break
+            n_cached += 1
+        self.cache.truncate(n_cached)
+        self.cached = marks[:n_cached]
+        images = None
+        if shown:  # the vectors of the slots that are not cached
+            vectors = torch.cat([picture.vectors for picture in shown])
+            n_new = sum(mark < 0 for mark in marks[n_cached:])
+            images = vectors[len(vectors) - n_new:]
+        cfg = self.cfg
+        temperature = max(cfg.temperature, 0.7) if attempt else cfg.temperature
+        tokens = self.net.generate(
+            [prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
+            cfg.repetition_penalty, stop=self.tokenizer.eos, seed=cfg.seed + attempt,
+            images=images, cache=self.cache)
+        ids, said, start, ended = [], "", time.perf_counter(), False
         try:
-            for (i,) in self.net.generate([prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
-                                          cfg.repetition_penalty, (self.tokenizer.eos,), cfg.seed + retry,
-                                          images, self.cache):
-                ids.append(i)
-                if i == self.tokenizer.eos:
+            for (token,) in tokens:  # a batch of one
+                ids.append(token)
+                text, ended = self.text_of(ids, complete=False)
+                if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                    yield text[len(said):]
+                    said = text
+                if ended or token == self.tokenizer.eos:
                     break
-                text = self.tokenizer.decode(ids, data.get_template(self.template).glued)
-                text, ended = data.said(text, self.template, complete=False)
-                if text.endswith("\ufffd"):  # a character whose last bytes are still to come
-                    continue
-                yield text, text[len(said):]
-                said = text
-                if ended:  # an end that is text: ### of Vicuna v0
-                    break
+            # What was held back, without the bytes of a character that was cut.
+            yield self.text_of(ids, complete=True)[0].rstrip("\ufffd")[len(said):]
+            if not ended and ids[-1:] != [self.tokenizer.eos]:
+                self.notices.append(self.why_cut(len(ids)))
         finally:
-            self.read = (marks + ids)[:self.cache.length]
-            seconds = time.perf_counter() - start
-            self.speed = (f"{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.0f} tok/s, "
-                          f"{len(prompt) - same} of {len(prompt)} prompt tokens read")
+            # The last token was sampled, but not processed.
+            self.cached = (marks + ids)[:self.cache.length]
+            seconds = max(time.perf_counter() - start, 1e-9)
+            self.speed = (f"{len(ids)} tokens, {len(ids) / seconds:.0f} tok/s, "
+                          f"{len(prompt) - n_cached} of {len(prompt)} prompt tokens processed, "
+                          f"context {len(prompt) + len(ids)} of {self.window}")
+
+    def mark_pictures(self, prompt: list[int]) -> tuple[list[Picture], list[int]]:
+        """The pictures that are still in the prompt, and the prompt with -n in each slot of picture
+        number n, so that different pictures do not match in the cache."""
+        n_slots = prompt.count(model.IMAGE_SLOT)
+        if n_slots == 0:
+            return [], list(prompt)
+        shown = self.pictures[-(n_slots // self.eyes.n_queries):]
+        numbers = iter([-p.number for p in shown for _ in range(self.eyes.n_queries)])
+        marks = [next(numbers) if t == model.IMAGE_SLOT else t for t in prompt]
+        return shown, marks
+
+    def text_of(self, ids: list[int], complete: bool) -> tuple[str, bool]:
+        """The text of a reply, and whether it contains the template's end."""
+        ids = [i for i in ids if i != self.tokenizer.eos]
+        continues = not data.get_template(self.template).leading_space
+        text = self.tokenizer.decode(ids, continues)
+        return data.strip_end(text, self.template, complete)
+
+    def why_cut(self, n_tokens: int) -> str:
+        if n_tokens == self.cfg.max_new_tokens:
+            return f"cut at --max_new_tokens={n_tokens}"
+        return f"cut, because the context of {self.window} tokens is full"
 
     def undo(self) -> str:
-        """Takes the last round back; returns what was asked."""
+        """Removes the last question and its reply; returns the question."""
         if not self.turns:
-            raise Problem("nothing to take back yet")
-        asked = self.turns[-2]
+            raise UserError("there is nothing to undo")
+        question = self.turns[-2]
         del self.turns[-2:]
-        if asked.slots:
-            self.waiting = self.pictures.pop()
-        return asked.text
+        if question.slots:
+            self.pending = self.pictures.pop()
+        return question.text
+
+    def retry(self) -> Iterator[str]:
+        """Streams another reply to the last question."""
+        pending, self.pending = self.pending, None  # of the next question, not of the last one
+        text = self.undo()
+        self.n_retries += 1
+        try:
+            yield from self.answer(text, self.n_retries)
+        finally:
+            self.pending = pending
 
     def reset(self) -> None:
-        self.turns, self.system, self.pictures, self.waiting = [], None, [], None
+        self.turns, self.system, self.pictures, self.pending = [], None, [], None
 
-    def save(self, path: str) -> None:
-        """As ShareGPT, with "images": [number of the round, file]. A loader would cut the chat at an empty reply, so such
-        a round is left out."""
-        paths, turns, images = iter(str(Path(p.path).resolve()) for p in self.pictures), [], []
-        for asked, reply in zip(self.turns[::2], self.turns[1::2]):
-            seen = [[len(turns) // 2, next(paths)]] if asked.slots else []
-            if reply.text.strip():
-                turns, images = turns + [asked, reply], images + seen
-        chat = data.Conversation(turns, "chat", self.system, dict(images=images) if images else {})
-        Path(path).write_text(json.dumps([data.as_record(chat)], indent=1, ensure_ascii=False), encoding="utf-8")
+    def save(self, path: str) -> int:
+        """Saves as ShareGPT, with "images": [[round, file], ...]. Returns the number of rounds.
+        Those with an empty reply are skipped: a loader would truncate the chat there."""
+        paths = iter([str(Path(picture.path).resolve()) for picture in self.pictures])
+        turns, images = [], []
+        for question, reply in zip(self.turns[::2], self.turns[1::2]):
+            image = next(paths) if question.slots else None
+            if not reply.text.strip():
+                continue
+            if image:
+                images.append([len(turns) // 2, image])
+            turns += [question, reply]
+        extra = dict(images=images) if images else {}
+        record = data.to_record(data.Conversation(turns, "chat", self.system, extra))
+        with data.atomic_write(path) as file:
+            json.dump([record], file, indent=1, ensure_ascii=False)
+        return len(turns) // 2
 
     def load(self, path: str) -> None:
-        chat, opened = data.load_conversations(path)[0], []
-        for turn, image in chat.extra.get("images", []):
-            self.look(image)
-            opened.append(self.waiting)
-            chat.turns[2 * turn] = chat.turns[2 * turn]._replace(slots=self.eyes.n_queries)
-        self.turns, self.system, self.pictures, self.waiting = chat.turns, chat.system, opened, None
+        """Loads the first conversation of a ShareGPT file."""
+        conversation = data.load_conversations(path)[0]
+        turns, pictures = conversation.turns, []
+        for n, image in conversation.extra.get("images", []):
+            pictures.append(self.open_picture(image))
+            turns[2 * n] = turns[2 * n]._replace(slots=self.eyes.n_queries)
+        self.turns, self.system = turns, conversation.system
+        self.pictures, self.pending = pictures, None
 
 
 def newest(out: Path = Path("out")) -> Path:
-    """The last trained checkpoint under out/, chat models before base models."""
-    names = [out / n for n in ("vicuna", "alpaca")]
-    names += sorted(out.glob("*/"), key=lambda p: (p.name == "base", -p.stat().st_mtime))
-    for folder in names:
+    """out/vicuna, else out/alpaca, else the run that was written last, base models at the end."""
+    others = sorted(out.glob("*/"), key=lambda p: (p.name == "base", -p.stat().st_mtime))
+    for folder in (out / "vicuna", out / "alpaca", *others):
         if (folder / "latest").exists():
             return folder
-    message = ("nothing is trained yet. `python train_sft.py` trains the toy chain LLaMA -> Alpaca -> "
-               "Vicuna in minutes")
-    if Path("tests/micro/model.pt").exists():
-        message += "; `python sample.py --ckpt=tests/micro` talks to a tiny one that came with the code"
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Problem(message)
-    print(message + ".")
-    if input("Train it now? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Problem("nothing to talk to")
-    import train_sft  # only here: this file otherwise needs no training code
-    train_sft.main(train_sft.SFTConfig())
-    return out / "vicuna"
+    hint = "; `python sample.py --ckpt=tests/micro` talks to a tiny model that comes with the code"
+    raise UserError("no checkpoint under out/: `python train_sft.py` trains one in minutes"
+                    + (hint if Path("tests/micro/model.pt").exists() else ""))
 
 
 def open_chat(cfg: SampleConfig) -> Chat:
-    seeing = "out/minigpt4" if cfg.image and Path("out/minigpt4/latest").exists() else ""
-    folder = cfg.ckpt or seeing or newest()
+    if cfg.template:
+        data.get_template(cfg.template)  # raises before anything large is loaded
+    folder = Path(cfg.ckpt)
+    if not cfg.ckpt:
+        seeing = Path("out/minigpt4")
+        folder = seeing if cfg.image and (seeing / "latest").exists() else newest()
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
-    net, tokenizer_path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
-    template = cfg.template or data.CHAT.get(meta["template"], meta["template"])
-    data.get_template(template)
-    return Chat(net, data.Tokenizer(tokenizer_path), template, cfg)
+    net, path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
+    trained_in = meta["template"]
+    template = cfg.template or data.CHAT_TEMPLATES.get(trained_in, trained_in)
+    window = checkpoint.window(meta, net.config)
+    chat = Chat(net, data.Tokenizer(path), template, cfg, window)
+    if cfg.image:
+        chat.show_image(cfg.image)
+    return chat
 
 
-def say(chat: Chat, text: str, retry: int = 0) -> None:
-    """Prints the answer as it comes. Ctrl-C ends it, not the program."""
-    if chat.eyes and not chat.turns and not chat.waiting:
-        print("(no picture was shown, so this is answered from words alone: /image FILE, or --image)",
-              file=sys.stderr)
-    try:
-        for piece in chat.answer(text, retry):
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
+# -- the terminal ---------------------------------------------------------------------------------
+
+def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
+    """Prints an answer as it comes. Ctrl-C ends the answer, not the program."""
+    if chat.eyes and not chat.turns and not chat.pending:
+        print("(no picture yet: use /image FILE, or --image)", file=sys.stderr)
+    with contextlib.closing(pieces):  # keeps what was said so far
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
     print()
+    for notice in chat.notices:
+        print(f"({notice})", file=sys.stderr)
     if sys.stdout.isatty():
-        print(f"\033[90m({chat.speed})\033[0m")
+        print(f"\033[90m({chat.speed})\033[0m")  # gray
 
 
-def command(chat: Chat, line: str) -> bool:
-    """A line that begins with a slash. False: leave."""
+def command(chat: Chat, line: str) -> None:
+    """Runs a slash command."""
     word, _, rest = line.partition(" ")
-    if word in ("/quit", "/exit"):
-        return False
+    if word == "/reset":
+        chat.reset()
+        print("(chat cleared)")
+    elif word == "/image" and rest:
+        chat.show_image(rest)
+        print("(the next question is about this picture)")
+    elif word == "/undo":
+        print(f"(removed: {chat.undo()})")
+    elif word == "/retry":
+        print_answer(chat, chat.retry())
+    elif word == "/save" and rest:
+        print(f"(saved {chat.save(rest)} rounds to {rest})")
+    elif word == "/load" and rest:
+        chat.load(rest)
+        for turn in chat.turns:
+            print(("> " if turn.role == "user" else "") + turn.text)
+    else:
+        print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
+
+
+def read_line(interactive: bool) -> str | None:
+    """The user's next line, or None at the end of the input."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
     try:
-        if word == "/reset":
-            chat.reset()
-            print("(a new chat)")
-        elif word == "/image" and rest:
-            chat.look(rest)
-            print("(the next question is about this picture)")
-        elif word == "/undo":
-            print(f"(took back: {chat.undo()})")
-        elif word == "/retry":
-            chat.retries += 1
-            say(chat, chat.undo(), chat.retries)
-        elif word == "/save" and rest:
-            chat.save(rest)
-            print(f"(saved {len(chat.turns) // 2} rounds in {rest})")
-        elif word == "/load" and rest:
-            chat.load(rest)
-            for turn in chat.turns:
-                print(("> " if turn.role == "user" else "") + turn.text)
-        else:
-            print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
-    except (Problem, OSError) as problem:
-        print(f"({problem})")
-    return True
+        return input("> ").strip()
+    except KeyboardInterrupt:
+        print("\n(type /quit to exit)")
+        return ""
+    except EOFError:
+        print()
+        return None
 
 
 def main(cfg: SampleConfig) -> dict:
     chat = open_chat(cfg)
-    if cfg.image:
-        chat.look(cfg.image)
     if cfg.prompt:
-        say(chat, cfg.prompt)
+        print_answer(chat, chat.answer(cfg.prompt))
         return dict(rounds=1, speed=chat.speed)
     interactive = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray Latin-1 byte is no reason to stop
+        sys.stdin.reconfigure(errors="replace")  # a stray Latin-1 byte should not end the chat
     if interactive:
-        try:
-            import readline  # noqa: F401  arrow keys and history, where Python has it
-        except ImportError:
-            pass
-        print(f"{model.count(chat.net.config) / 1e6:.1f} M parameters, template {chat.template}. "
-              f"{'/image ' * bool(chat.eyes)}/reset /undo /retry /save /load /quit; Ctrl-C stops an answer.")
-    while True:
-        try:
-            line = input("> ") if interactive else sys.stdin.readline()
-        except KeyboardInterrupt:
-            print("\n(/quit leaves)")
-            continue
-        except EOFError:
-            print()
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() arrow keys and history
+        size = model.count_parameters(chat.net.config) / 1e6
+        print(f"{size:.1f} M parameters, template {chat.template}, context {chat.window} tokens. "
+              "/help for commands, Ctrl-C to stop an answer.")
+    while (line := read_line(interactive)) is not None:
+        if line in ("/quit", "/exit"):
             break
-        if not interactive and not line:
-            break
-        line = line.strip()
-        if line.startswith("/"):
-            if not command(chat, line):
-                break
-        elif line:
-            try:
-                say(chat, line)
-            except Problem as problem:
-                print(f"({problem})")
+        try:
+            if line.startswith("/"):
+                command(chat, line)
+            elif line:
+                print_answer(chat, chat.answer(line))
+        except (UserError, OSError) as error:
+            print(f"({error})", file=sys.stderr)
     return dict(rounds=len(chat.turns) // 2, speed=chat.speed)
 
 
 if __name__ == "__main__":
-    run(main, SampleConfig)
+    config.run(main, SampleConfig)
