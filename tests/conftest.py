@@ -1,9 +1,10 @@
-"""Shared by all tests: the path, the threads, the seeds, and `--impl`.
+"""Shared by all tests: threads, seeds, and `--impl`.
 
     pytest                        # the repository's own code
-    pytest --impl=my_model.py     # the same tests; what my_model.py defines takes the place of ours
+    pytest --impl=my_model.py     # the same tests on what my_model.py defines
 """
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,21 +17,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and for ever on a busy machine
+torch.set_num_threads(1)  # the tensors are tiny, and other tests run beside this one
 
 header: list[str] = []
 
 
 def pytest_addoption(parser):
     parser.addoption("--impl", action="append", default=[], metavar="FILE",
-                     help="test what FILE defines instead of ours (may be given several times)")
+                     help="test what FILE defines instead of ours; may be given several times")
 
 
 def pytest_configure(config):
-    for file in config.getoption("--impl"):  # before collection: tests see the names when they are imported
-        replaced = install(file)
-        header.append(f"--impl={file} replaces {', '.join(replaced)}; all else is ours")
+    for file in config.getoption("--impl"):  # before the tests are imported
+        header.extend(install(file))
 
 
 def pytest_report_header(config):
@@ -42,57 +41,72 @@ def seed():
     torch.manual_seed(0)
 
 
+def our_modules() -> dict[str, ModuleType]:
+    """The files of the project by name: data, model, ..., toy.world, ..."""
+    modules = {}
+    for package in (ROOT, *(file.parent for file in ROOT.glob("*/__init__.py"))):
+        for file in sorted(package.glob("[!_]*.py")):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            modules[name] = importlib.import_module(name)
+    return modules
+
+
+# -- --impl ---------------------------------------------------------------------------------------
+
 def install(file: str) -> list[str]:
-    """Puts what `file` defines into our modules. Tests say `model.RMSNorm`, so they meet the new one."""
-    student = load(file)
-    theirs = own(student)
-    ours = {path.stem: module for path in sorted(ROOT.glob("*.py")) if (module := imported(path.stem))}
-    # `main` and the like stand in several files: they belong to the one that the student's resembles most
-    by_likeness = sorted(ours.values(), key=lambda m: -len(own(m).keys() & theirs.keys()))
-    replaced = []
-    for name, value in theirs.items():
-        home = next((m for m in by_likeness if name in own(m)), None)
-        old = getattr(home, name, value)
-        if old is value:  # not one of ours, or a constant that is the same
+    """Replaces our names by those that `file` defines; tests say `model.RMSNorm`, so they find the
+    new one. Returns lines that say what was replaced, and what was not known."""
+    student, modules = own_names(load(file)), our_modules().values()
+    # `main` and the like are defined in several files: take the one the student's resembles most.
+    by_likeness = sorted(modules, key=lambda m: -len(own_names(m).keys() & student.keys()))
+    replaced, unknown = [], []
+    for name, value in student.items():
+        home = next((m for m in by_likeness if name in own_names(m)), None)
+        if home is None:
+            unknown.append(name)
             continue
-        for module in ours.values():  # also where it was taken over by `from home import name`
+        old = getattr(home, name)
+        if old is value:  # a constant that is the same
+            continue
+        for module in modules:  # also where it was imported by name
             if getattr(module, name, None) is old:
                 setattr(module, name, value)
         replaced.append(f"{home.__name__}.{name}")
+    ours = {name for module in modules for name in own_names(module)}
+    close = [match for name in unknown for match in difflib.get_close_matches(name, ours, 1, 0.8)]
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
     if not replaced:
-        raise pytest.UsageError(f"--impl={file} defines none of our names, such as RMSNorm or attention")
-    return replaced
+        raise pytest.UsageError(f"--impl={file} defines none of our names{hint}")
+    lines = [f"--impl={file} replaces {', '.join(replaced)}; all else is ours"]
+    if unknown:
+        lines.append(f"--impl={file}: not ours, so not tested: {', '.join(unknown)}{hint}")
+    return lines
 
 
 def load(file: str) -> ModuleType:
     path = Path(file).resolve()
     if not path.is_file():
-        raise pytest.UsageError(f"--impl={file}: there is no such file")
+        raise pytest.UsageError(f"--impl={file}: no such file")
     name = f"impl_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        raise pytest.UsageError(f"--impl={file} is not a Python file")
-    sys.path.append(str(path.parent))  # it may import its neighbours
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    sys.path.append(str(path.parent))  # it may import its neighbors
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # it is somebody else's file: anything may happen
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    except (Exception, SystemExit) as error:  # a student's file may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise pytest.UsageError(f"--impl={file} does not import: {first}{where}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise pytest.UsageError(f"--impl={file} does not import: {reason}{where}") from None
     return module
 
 
-def own(module: ModuleType) -> dict:
-    """What a module defines itself: no imported modules, no names imported from elsewhere."""
-    return {name: value for name, value in vars(module).items()
-            if not name.startswith("__") and not inspect.ismodule(value)
-            and getattr(value, "__module__", module.__name__) == module.__name__}
-
-
-def imported(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError:  # a file whose optional dependency is not installed
-        return None
+def own_names(module: ModuleType) -> dict:
+    """What a module defines itself, without what it imports."""
+    names = {}
+    for name, value in vars(module).items():
+        home = getattr(value, "__module__", module.__name__)
+        if not name.startswith("__") and not inspect.ismodule(value) and home == module.__name__:
+            names[name] = value
+    return names

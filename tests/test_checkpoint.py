@@ -1,0 +1,272 @@
+"""Tests of tools/checkpoint.py: a crash, a full disk or a damaged file never costs more than the
+newest step, and never gives wrong weights."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+from conftest import ROOT
+from tools import checkpoint
+from tools.config import UserError
+
+
+def tiny(**changes):
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, hidden_dim=48,
+                 max_seq_len=64)
+    return model.LLaMA(model.LLaMAConfig(**{**sizes, **changes})).eval()
+
+
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    return tmp_path / "out" / "base"
+
+
+def save(folder, m, step: int, **options) -> Path:
+    tokenizer = folder.parent.parent / "tokenizer.model"
+    return checkpoint.save(folder, m, {"step": step}, tokenizer, **options)
+
+
+# -- writing and finding --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load(folder, tied):
+    m = tiny(tied=tied, norm_eps=1e-5, rope_scaling=2.0)
+    step = save(folder, m, 400, optimizer={"lr": torch.tensor(0.5)})
+    files = ["meta.json", "model.pt", "optim.pt", "tokenizer.model"]
+    assert sorted(file.name for file in step.iterdir()) == files
+    for path in (folder, step):  # the run, or one step of it
+        loaded, tokenizer, meta = checkpoint.load(path)
+        assert same_weights(m, loaded), "a round trip must be bit-equal"
+        assert dataclasses.asdict(loaded.config) == dataclasses.asdict(m.config)
+        assert not loaded.training, "a loaded model is ready to be used"
+        assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
+        assert tokenizer.read_bytes() == b"pieces" and meta["step"] == 400
+        assert meta["torch"] == torch.__version__ and meta["threads"] == torch.get_num_threads()
+    tokens = torch.randint(3, 50, (1, 5))
+    assert torch.equal(m(tokens), loaded(tokens))
+    config, tokenizer, meta = checkpoint.peek(folder)
+    assert config == m.config and tokenizer.read_bytes() == b"pieces" and meta["step"] == 400
+
+
+def test_weights_and_adapters_in_place_of_the_models_own(folder):
+    """Under FSDP the whole weights are gathered; of LoRA the merged ones are saved, and the
+    adapters by themselves."""
+    m, gathered = tiny(), tiny()
+    adapters = {"layers.0.attention.wq.lora_a": torch.ones(2, 32)}
+    step = save(folder, m, 1, weights=gathered.state_dict(), adapters=adapters)
+    assert same_weights(checkpoint.load(folder)[0], gathered)
+    assert torch.equal(checkpoint.read(step / "lora.pt")[next(iter(adapters))], torch.ones(2, 32))
+
+
+def test_a_file_of_what_was_trained_fills_a_network(folder):
+    """One layer between frozen parts: the rest stays as it is in the network that is given. What is
+    not frozen has to be in the file."""
+    m, network = tiny(), tiny().requires_grad_(False)
+    frozen = {name: p.clone() for name, p in network.state_dict().items()}
+    save(folder, m, 1, weights={"norm.weight": torch.full((32,), 2.0)})
+    loaded, _, _ = checkpoint.load(folder, network=network)
+    assert loaded is network and (loaded.norm.weight == 2).all()
+    frozen["norm.weight"] = loaded.norm.weight
+    assert all(torch.equal(p, frozen[name]) for name, p in loaded.state_dict().items())
+    with pytest.raises(UserError, match="does not fit the config in meta.json") as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+    network.output.requires_grad_(True)
+    with pytest.raises(UserError, match="output.weight"):
+        checkpoint.load(folder, network=network)
+
+
+@pytest.mark.parametrize("order, kept", [
+    ((100, 200, 300), {200, 300}), ((999_999, 1_000_000, 1_000_001), {1_000_000, 1_000_001}),
+    ((300, 400, 100), {400, 100}), ((100, 200, 200), {100, 200})],
+    ids=["usual", "a million steps", "a new run in an old folder", "the same step again"])
+def test_two_are_kept_and_the_newest_is_one(folder, order, kept):
+    """By name, step-1000000 comes before step-999999; and a new run in an old folder begins below
+    the last step of the old one. The newest must never be the one that is deleted."""
+    for step in order:
+        newest = tiny()
+        save(folder, newest, step)
+    loaded, _, meta = checkpoint.load(folder)
+    assert meta["step"] == order[-1] and same_weights(loaded, newest)
+    (before,) = kept - {order[-1]}
+    names = [step.name for step in checkpoint.history(folder)]
+    assert names == [f"step-{order[-1]:06d}", f"step-{before:06d}"]
+
+
+def fail_at(call: int, error: BaseException, original):
+    """A function whose n-th call raises; torch.save leaves half a file behind."""
+    calls = []
+
+    def fail(*given, **named):
+        calls.append(given)
+        if len(calls) < call:
+            return original(*given, **named)
+        if original is torch.save:
+            Path(given[1]).write_bytes(b"half a fi")
+        raise error
+    return fail
+
+
+CALLS = {"torch.save": torch.save, "os.fsync": os.fsync, "os.rename": os.rename,
+         "os.replace": os.replace}
+
+
+@pytest.mark.parametrize("name, call, step", [
+    ("torch.save", 1, 3), ("os.fsync", 1, 3), ("os.rename", 1, 3), ("os.replace", 1, 3),
+    # step 2 again: the old one makes room, and the new one takes its name
+    ("os.rename", 1, 2), ("os.rename", 2, 2), ("os.replace", 1, 2)])
+@pytest.mark.parametrize("error", [RuntimeError("writing failed"), KeyboardInterrupt()],
+                         ids=["torch's disk full", "killed"])
+def test_an_interrupted_save(folder, monkeypatch, name, call, step, error):
+    """Whatever happens while writing, a complete checkpoint stays loadable, and the next save
+    works."""
+    first, before, new = tiny(), tiny(), tiny()
+    save(folder, first, 1)
+    save(folder, before, 2)
+    monkeypatch.setattr(name, fail_at(call, error, CALLS[name]))
+    with pytest.raises((OSError, RuntimeError, KeyboardInterrupt)) as caught:
+        save(folder, new, step)
+    if name == "torch.save" and isinstance(error, RuntimeError):
+        assert isinstance(caught.value, OSError), "a full disk is a RuntimeError in torch"
+        assert "earlier checkpoints are intact" in str(caught.value)
+        assert not list(folder.glob(".step-*")), "the half-written folder takes the room"
+    monkeypatch.undo()
+    loaded = checkpoint.load(folder)[0]
+    good = [first] if call == 2 else [before, new]
+    assert any(same_weights(loaded, one) for one in good)
+    save(folder, new, step)
+    assert same_weights(checkpoint.load(folder)[0], new)
+    assert not list(folder.glob(".step-*")), "leftovers of the killed save"
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+    """A rename may reach the disk before the content of the file. After a power failure there would
+    be a checkpoint with empty files."""
+    safe, fsync, rename, replace = set(), os.fsync, os.rename, os.replace
+
+    def to_disk(descriptor: int) -> None:
+        safe.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def rename_safely(source, target) -> None:
+        assert {file.stat().st_ino for file in (source, *source.iterdir())} <= safe
+        rename(source, target)
+
+    def replace_safely(source, target) -> None:
+        assert source.stat().st_ino in safe
+        safe.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", to_disk)
+    monkeypatch.setattr(os, "rename", rename_safely)
+    monkeypatch.setattr(os, "replace", replace_safely)
+    save(folder, tiny(), 1, optimizer={})
+    assert folder.stat().st_ino in safe, "the new names themselves"
+
+
+def test_no_checkpoint_there(folder):
+    """Say what there is instead."""
+    with pytest.raises(UserError, match="python train_sft.py"):
+        checkpoint.load(folder)
+    save(folder, tiny(), 1)
+    with pytest.raises(UserError, match="bose.*has base"):
+        checkpoint.load(folder.parent / "bose")
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+def test_flipped_bits_are_noticed(folder):
+    """torch.load does not look at the checksums in its own files: a bad disk would go unnoticed.
+    Wherever a byte is wrong: either it did not matter, or one line says so."""
+    m = tiny()
+    file = save(folder, m, 1) / "model.pt"
+    good = file.read_bytes()
+    weights = good.index(m.layers[0].feed_forward.w1.weight.detach().numpy().tobytes())
+    directory = good.index(b"PK\x01\x02")  # where the list of the parts begins
+    for at in [weights, *range(0, directory, 1499), *range(directory, len(good), 11)]:
+        file.write_bytes(good[:at] + bytes([good[at] ^ 0xff]) + good[at + 1:])
+        try:
+            loaded = checkpoint.load(folder)[0]
+        except UserError as error:
+            assert "\n" not in str(error) and "model.pt is damaged" in str(error)
+        else:
+            assert same_weights(loaded, m), f"byte {at} is wrong and nobody noticed"
+            assert at != weights
+    file.write_bytes(good[:len(good) // 2])
+    with pytest.raises(UserError, match="model.pt is damaged"):
+        checkpoint.load(folder)
+
+
+def test_damage_to_meta_or_tokenizer_is_noticed(folder):
+    """Another tokenizer gives other words for the same ids, and one wrong digit in meta.json
+    another model: both would load."""
+    step = save(folder, tiny(), 1)
+    meta, tokenizer = step / "meta.json", step / "tokenizer.model"
+    good = meta.read_text()
+    for damaged, message in ((good.replace('"rope_theta": 10000', '"rope_theta": 20000'),
+                              "meta.json or tokenizer.model.*damaged"),
+                             (good[:20], "meta.json is damaged")):
+        meta.write_text(damaged)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(folder)
+    meta.write_text(good)
+    checkpoint.load(folder)
+    tokenizer.write_bytes(b"pieceS")
+    with pytest.raises(UserError, match="meta.json or tokenizer.model.*damaged"):
+        checkpoint.load(folder)
+
+
+class Malicious:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_code_from_a_pickle(folder, tmp_path):
+    """A pickle may call any function while it is read. Weights from the internet must not."""
+    step = save(folder, tiny(), 1)
+    torch.save({"norm.weight": Malicious(tmp_path / "was here")}, step / "model.pt")
+    with pytest.raises(UserError, match="model.pt"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "was here").exists()
+
+
+def test_fingerprint(folder, tmp_path):
+    """The same weights have the same one wherever they are saved, and other weights another. The
+    files are not read: MiniGPT-4's parts may be large."""
+    m = tiny()
+    step = save(folder, m, 1)
+    again = save(tmp_path / "out" / "copy", m, 7)
+    assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(again)
+    assert re.fullmatch("[0-9a-f]{8}", checkpoint.fingerprint(step))
+    m.norm.weight.data[0] += 1e-6
+    assert checkpoint.fingerprint(save(folder, m, 2)) != checkpoint.fingerprint(again)
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "config.json").write_text("{}")
+    (published / "model.safetensors").write_bytes(b"12345")
+    first = checkpoint.fingerprint(published)
+    (published / "model.safetensors").write_bytes(b"123456")
+    assert checkpoint.fingerprint(published) != first
+
+
+def test_the_committed_model_loads():
+    """It was written by an older version: a checkpoint must stay readable. It does not say how long
+    a context it was trained on: then on all of its max_seq_len."""
+    net, tokenizer, meta = checkpoint.load(ROOT / "tests" / "micro")
+    assert tokenizer.is_file() and meta["template"] == "vicuna_v1.1"
+    assert checkpoint.window(meta, net.config) == net.config.max_seq_len
+    assert checkpoint.window({"window": 320}, net.config) == 320
