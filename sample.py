@@ -37,7 +37,7 @@ class SampleConfig:
     image: str = ""  # picture for the first question
     template: str = ""  # the model's own by default
     max_new_tokens: int = 256  # longest answer, in tokens
-    temperature: float = 0.0  # 0: greedy (but /retry samples at 0.7, as Vicuna's demo did)
+    temperature: float = 0.0  # 0: greedy, except that /retry samples at 0.7, as Vicuna's demo
     top_k: int = 0  # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0  # nucleus sampling: from the smallest set that has this probability
     repetition_penalty: float = 1.0  # above 1: penalize tokens that are in the context already
@@ -146,7 +146,7 @@ class Chat:
             n_new = sum(mark < 0 for mark in marks[n_cached:])
             images = vectors[len(vectors) - n_new:]
         cfg = self.cfg
-        temperature = max(cfg.temperature, 0.7) if attempt else cfg.temperature
+        temperature = cfg.temperature or (0.7 if attempt else 0.0)
         tokens = self.net.generate(
             [prompt], cfg.max_new_tokens, temperature, cfg.top_k, cfg.top_p,
             cfg.repetition_penalty, stop=self.tokenizer.eos, seed=cfg.seed + attempt,
@@ -208,11 +208,19 @@ class Chat:
 
     def retry(self) -> Iterator[str]:
         """Streams another reply to the last question."""
-        pending, self.pending = self.pending, None  # of the next question, not of the last one
+        last = self.turns[-2:]
+        pending = self.pending  # for the next question, not for the last one
         text = self.undo()
+        if not last[0].slots:
+            self.pending = None
         self.n_retries += 1
         try:
             yield from self.answer(text, self.n_retries)
+        except UserError:  # keep the reply that was there
+            self.turns += last
+            if last[0].slots:
+                self.pictures.append(self.pending)
+            raise
         finally:
             self.pending = pending
 

@@ -30,6 +30,19 @@ def test_a_row_in_its_own_process():
     assert figures["memory"] > 0 and figures["estimated"] > 0 and figures["tokens"] > 0
 
 
+def test_the_peer_ignores_padding():
+    """A batch of padded conversations costs transformers time, but has the loss of each alone."""
+    cfg = bench.BenchConfig(dim=64, n_layers=1, device="cpu")
+    torch.manual_seed(0)
+    peer, examples = bench.Peer(cfg.shape), bench.load_examples(cfg)[:3]
+    with torch.no_grad():
+        together = peer.nll(*bench.padded_batch(examples))
+        alone = [peer.nll(*bench.padded_batch([example])) for example in examples]
+    assert len({len(example.tokens) for example in examples}) > 1
+    assert float(together[0]) == pytest.approx(float(sum(nll for nll, _ in alone)), rel=1e-5)
+    assert together[1] == sum(n for _, n in alone)
+
+
 def test_quality_and_speed_of_fewer_bits(tmp_path):
     """fp32 is compared with itself, and its perplexity is the loss of model.py."""
     held = tmp_path / "held.txt"

@@ -227,6 +227,13 @@ def test_damage_to_meta_or_tokenizer_is_noticed(folder):
         checkpoint.load(folder)
 
 
+def test_a_missing_file_is_not_called_damaged(folder):
+    step = save(folder, tiny(), 1)
+    (step / "optim.pt").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.read(step / "optim.pt")
+
+
 class Malicious:
     def __init__(self, file: Path):
         self.file = file

@@ -131,6 +131,17 @@ def test_undo_retry_reset(chat, capsys):
         sample.command(chat, "/retry")
 
 
+def test_a_retry_that_fails_keeps_the_answer(chat):
+    """It was taken back before the new one was asked for."""
+    ask(chat, *WORDS[:2])
+    before = list(chat.turns)
+    chat.window, chat.cached = 8, []
+    chat.cache = model.KVCache(chat.net.config, 1, 8, torch.float32, "cpu")  # too short
+    with pytest.raises(UserError, match=" 8"):
+        sample.command(chat, "/retry")
+    assert chat.turns == before
+
+
 def test_save_and_load(chat, tmp_path, capsys):
     """In ShareGPT's format: what people say to a model can be trained on. Without its system text,
     the model would play another part."""

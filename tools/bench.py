@@ -88,15 +88,15 @@ LADDER = [
     Row("bfloat16", dtype="bfloat16", **PLAIN),
     Row("packing, best precision here", all_logits=True),
     Row("logits of supervised tokens"),
-    Row("  + checkpointing", checkpointing=True),
-    Row("  + torch.compile", compile=True),
-    Row("  + two processes, FSDP", world=2),
+    Row("the same, checkpointing", checkpointing=True),
+    Row("the same, torch.compile", compile=True),
+    Row("the same, two processes, FSDP", world=2),
 ]
 PAIRS = {  # ours and transformers'
     "full rows": (Row("ours"), Row("transformers", peer=True)),
     "full rows, compiled": (Row("ours", compile=True),
                             Row("transformers", peer=True, compile=True)),
-    # Alpaca's script trains on padded batches of 8
+    # ours packs them into full rows; Alpaca's script pads batches of 8
     "conversations": (Row("ours"), Row("transformers", peer=True, packed=False)),
 }
 
@@ -148,7 +148,7 @@ def padded_batch(examples: list[data.Example]) -> tuple:
 
 
 def make_batches(examples: list[data.Example], packed: bool, size: int, seq_len: int) -> list:
-    """Packed batches of `size` rows, or padded ones of 8, as in Alpaca's script."""
+    """Batches of `size` packed rows, or of 8 padded conversations."""
     if not packed:
         return [padded_batch(examples[i:i + 8]) for i in range(0, len(examples) - 7, 8)]
     rows = data.pack(examples, seq_len)

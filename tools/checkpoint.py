@@ -63,7 +63,8 @@ def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: d
     flush_to_disk(folder / ".latest.partial")
     os.replace(folder / ".latest.partial", folder / "latest")
     flush_to_disk(folder)  # makes the renames durable
-    # A new run in an old folder has the lowest step number, so the new step is excluded by name.
+    # Keep `target` and one step before it. `target` is excluded by name, not by number: a run that
+    # was started again with a smaller --steps has the lower number.
     others = [step for step in steps(folder) if step != target]
     for old in others[:-1]:
         shutil.rmtree(old)
@@ -144,11 +145,13 @@ def read(path: Path, mmap: bool = False) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # A part whose flags were damaged looks like a folder, and testzip() skips folders.
+            # testzip() skips folders, and one damaged bit makes a part look like a folder.
             damaged = archive.testzip() or any(p.external_attr & 16 for p in archive.infolist())
         if not damaged:
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
         reason = "a checksum is wrong"
+    except (FileNotFoundError, PermissionError):  # not damaged
+        raise
     except Exception as error:  # a damaged zip file raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UserError(f"{path} is damaged or incomplete ({reason})")

@@ -91,7 +91,7 @@ def parse_value(name: str, kind: Any, text: str):
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if text not in choices:
-            expected = ", ".join(choices) + suggest(text, choices)
+            expected = ", ".join(c for c in choices if c) + suggest(text, choices)
             raise UserError(f"--{name}={text}: expected one of {expected}")
         return text
     if kind is bool:
@@ -171,8 +171,10 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
     """`python script.py COMMAND ...`: main, its dataclass, the program's name, the remaining
     arguments. The command "" is the default one."""
     word = argv[0] if argv and not argv[0].startswith("-") else ""
+    named = ", ".join(name for name in commands if name)
+    if argv[:1] == ["--help"]:
+        print(f"commands: {named}; `{script} COMMAND --help` lists the options of one\n")
     if word not in commands:
-        named = ", ".join(name for name in commands if name)
         if not word:
             raise UserError(f"missing command; choose from {named}")
         hint = suggest(word, commands, f"; choose from {named}")

@@ -440,8 +440,9 @@ ALICE = (
 
 @torch.inference_mode()
 def check(cfg: CheckConfig) -> dict:
-    """Compares the loss on a few rows with the loss of guessing, and with the loss after q and k
-    are permuted, once more or back. Raises UserError if one of those is not clearly worse."""
+    """Are the weights read right? Compares the loss on a few rows with three that must be worse: of
+    guessing, with q and k permuted once more, and with the permutation undone. Raises UserError if
+    one of them is not."""
     net, path, meta = load(cfg.ckpt, None)
     tokenizer = data.Tokenizer(path)
     if cfg.data:

@@ -1,4 +1,4 @@
-"""Will it fit? Sizes of the models, and what full fine-tuning takes: memory, time, money.
+"""Will it fit? The sizes of the models, and the memory, time and money of full fine-tuning.
 
     python -m tools.estimate                                    # sizes
     python -m tools.estimate --preset=7B --gpus=8 --batch=4     # Vicuna-7B, trained with FSDP
@@ -15,11 +15,11 @@ from tools import config
 from tools.config import run
 from tools.machine import train_flops
 
-GPUS = {  # GB of memory, dense bfloat16 TFLOP/s: the makers' data sheets
+GPUS = {  # GiB of memory, dense bfloat16 TFLOP/s, from the data sheets
     "A100-40GB": (40, 312),
     "A100-80GB": (80, 312),
     "H100": (80, 989),
-    "H200": (141, 989),
+    "H200": (140, 989),
     "RTX4090": (24, 165),
 }
 
@@ -108,16 +108,16 @@ def sizes(vocab_size: int) -> dict:
 def training(cfg: EstimateConfig) -> dict:
     """Prints memory on each GPU with and without checkpointing, time, and money."""
     c = model.LLaMAConfig(vocab_size=cfg.vocab_size, **model.PRESETS[cfg.preset])
-    gigabytes, tflops = GPUS[cfg.gpu]
+    gibibytes, tflops = GPUS[cfg.gpu]
     plain = memory(c, cfg.gpus, cfg.batch, cfg.seq)
     saving = memory(c, cfg.gpus, cfg.batch, cfg.seq, checkpointing=True)
     print(f"full fine-tuning of {cfg.preset} in bfloat16 on {cfg.gpus} x {cfg.gpu}, "
-          f"{cfg.batch} x {cfg.seq} tokens on each; GB per GPU:\n{'checkpointing':>54}")
+          f"{cfg.batch} x {cfg.seq} tokens on each; GiB per GPU:\n{'checkpointing':>54}")
     for part in plain:
-        print(f"{part:>26}{plain[part] / 1e9:>12.1f}{saving[part] / 1e9:>16.1f}")
-    # CUDA itself takes about 1 GB, and fragmentation some 5 %
-    fits = [m["peak"] < 0.95 * gigabytes * 1e9 - 1e9 for m in (plain, saving)]
-    print(f"fits into {gigabytes} GB: {fits[0]}; with checkpointing: {fits[1]}")
+        print(f"{part:>26}{plain[part] / 2**30:>12.1f}{saving[part] / 2**30:>16.1f}")
+    # CUDA itself takes about 1 GiB, and fragmentation some 5 %
+    fits = [m["peak"] < (0.95 * gibibytes - 1) * 2**30 for m in (plain, saving)]
+    print(f"fits into {gibibytes} GiB: {fits[0]}; with checkpointing: {fits[1]}")
     flops = train_flops(c, 1, 1, cfg.seq)
     hours = flops * cfg.tokens / (cfg.gpus * tflops * 1e12 * cfg.mfu) / 3600
     dollars = hours * cfg.gpus * cfg.price

@@ -58,13 +58,15 @@ def choose_device(device: str) -> str:
 def choose_machine(device: str, dtype: str, patience: float = 30.0) -> Machine:
     """Chooses device and precision (either may be "auto") and prints why. Joins the processes of
     torchrun, which wait `patience` minutes for each other."""
-    device = choose_device(device)
     sharded = "TORCHELASTIC_RUN_ID" in os.environ
+    if ":" in device:
+        raise UserError(f"--device={device}: choose a GPU with CUDA_VISIBLE_DEVICES, not here")
+    if sharded and device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = choose_device(device)
     rank, world = 0, 1
     if sharded:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=patience))
         if rank > 0:

@@ -2,8 +2,9 @@
 
     python -m tools.quantize --ckpt=out/vicuna --type=q4     # writes vicuna-q4.gguf
 
-`--quantize=q8|q4` of the other scripts keeps the matrices of a model in the same blocks
-(QuantLinear). Format: ggml's docs/gguf.md and ggml-quants.c.
+`--quantize=q8|q4` of the other scripts keeps the matrices of a model in these blocks, or
+in the form that torch's int4 kernel for CPUs takes (QuantLinear). Format: ggml's docs/gguf.md and
+ggml-quants.c.
 
 Letters in the shape comments: N rows (outputs) and K columns (inputs) of a matrix.
 """

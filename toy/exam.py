@@ -61,7 +61,7 @@ def few_shot_examples(records: list[dict]) -> str:
 
 
 def without_scene(play: Player) -> Player:
-    """Control: the same questions, but the scene is exchanged for another one."""
+    """Control: the same questions, but the scene is replaced by another one."""
     def play_blind(items: list) -> tuple[list[str], list[bool]]:
         rng, blind = random.Random(0), []
         for item in items:
@@ -177,8 +177,8 @@ def run_toy_exam(models: dict, tokenizer: data.Tokenizer, files: dict, n: int, f
     print_table("right answers, %", {rows[split]: cells for split, cells in table.items()})
     ended = sum(ends["Vicuna"]) / len(ends["Vicuna"])
     print(f"{n} questions per row; {100 * ended:.1f}% of Vicuna's replies end by themselves")
-    print("no scene: Vicuna, with the scene exchanged. neighbor: the answer of the most similar "
-          "training question.\nmajority: the most frequent answer to this kind of question.")
+    print("no scene: Vicuna, told another scene. neighbor: the answer of the most similar training "
+          "question.\nmajority: the most frequent answer to this kind of question.")
     if full:
         print("few-shot: the base with four solved examples. random init: Vicuna's data without "
               "pre-training.\nAlpaca =: Alpaca on as many supervised tokens as Vicuna.")
