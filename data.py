@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from tools.config import UserError, refuse_unused, run
 
+# As in model.py, which this file does not need.
 IGNORE = -100  # label of a token excluded from the loss (cross_entropy's ignore_index)
 IMAGE_SLOT = -1  # placeholder token, replaced by an image vector
 
@@ -43,7 +44,11 @@ IMAGE_SLOT = -1  # placeholder token, replaced by an image vector
 # -- tokenizer ------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A SentencePiece BPE model with byte fallback and LLaMA's ids: unk 0, bos 1, eos 2."""
+    """A SentencePiece BPE model with LLaMA's ids: unk 0, bos 1, eos 2.
+
+    BPE pieces are frequent sequences of characters, with "▁" for a space. Byte fallback: characters
+    without a piece are spelled in bytes, such as <0x0A>, the newline.
+    """
 
     def __init__(self, path):
         if not Path(path).is_file():
@@ -93,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     # Mix in the text of the toy chain's templates, so that their words become single pieces.
     lines += template_lines() * max(1, len(lines) // 200)
     # SentencePiece refuses an alphabet larger than the vocabulary. So lines are cut at the rarest
-    # characters, which fall back to bytes.
+    # characters, for which bytes must do.
     characters = Counter(itertools.chain.from_iterable(lines))
     n_kept = max(1, vocab_size - N_FIXED_PIECES)
     rare = [character for character, _ in characters.most_common()[n_kept:]]
@@ -162,13 +167,10 @@ class Template:
     start: str = ""  # before the first question, with or without a system prompt
     later: str = ""  # before every later question
     end: str = ""  # the text that ends a reply; the eos token when empty
-    # Does text after the prompt, or after a special token other than bos, get SentencePiece's
-    # leading space? In Vicuna it does ("ASSISTANT: Hi"); in Alpaca the reply follows
-    # "### Response:" directly.
-    leading_space: bool = True
-    # Does a later question continue the line of the reply before it? Not where that reply ended
-    # with an eos token that a leading space follows.
-    ask_continues: bool = False
+    # SentencePiece puts a space before each text that it tokenizes. A text that "continues" what
+    # stands before it does not get that space.
+    reply_continues: bool = False  # Alpaca: "### Response:Hi". Vicuna: "ASSISTANT: Hi"
+    ask_continues: bool = False  # later questions. Vicuna: "</s> USER: ..."
     system_with_input: str = ""  # Alpaca's other system prompt, for an instruction with an input
     ask_with_input: str = ""
     ask_rejected: str = ""  # prompt for a reply that people rejected
@@ -196,13 +198,13 @@ TEMPLATES = {
                           "completes the request.",
         ask="### Instruction:\n{text}\n\n### Response:",
         ask_with_input="### Instruction:\n{text}\n\n### Input:\n{input}\n\n### Response:",
-        between="\n\n", later="\n\n", leading_space=False, ask_continues=True),
+        between="\n\n", later="\n\n", reply_continues=True, ask_continues=True),
     # Koala also trains on rejected replies, after a prompt that is never used at inference.
     "koala": Template(system="BEGINNING OF CONVERSATION:", ask="USER: {text} GPT:",
                       ask_rejected="USER: {text} An Unhelpful Answer:"),
     # The original also supervises the <|prompter|> that follows a reply.
     "oasst": Template(system="", between="", ask="<|prompter|>{text}</s><|assistant|>",
-                      leading_space=False, ask_continues=True),
+                      reply_continues=True, ask_continues=True),
     "minigpt4": Template(system="", between="", start="###", ask="Human: {text} ###Assistant: ",
                          end="###", ask_continues=True),
     # MiniGPT-4 as its published demo prompts it
@@ -212,10 +214,10 @@ TEMPLATES = {
         between="", start="###", ask="Human: {text}###Assistant:", end="###", ask_continues=True),
     # a base model: no roles
     "plain": Template(system="", ask="{text}", between="\n", later="\n",
-                      leading_space=False, ask_continues=True),
+                      reply_continues=True, ask_continues=True),
     # a base model that is asked something: the reply is the next line
     "lines": Template(system="", between="", ask="{text}\n", end="\n",
-                      leading_space=False, ask_continues=True),
+                      reply_continues=True, ask_continues=True),
 }
 # Templates to chat in, where they differ from the one the model was trained in.
 CHAT_TEMPLATES = {"minigpt4": "minigpt4_chat"}
@@ -250,7 +252,7 @@ def spans(conversation: Conversation, t: Template) -> Iterator[Span]:
         if turn.role == "user":
             yield from question_spans(conversation, i, t)
         else:
-            yield Span(turn.text, supervised=True, continues=not t.leading_space)
+            yield Span(turn.text, supervised=True, continues=t.reply_continues)
             truncated = i == last and conversation.extra.get("cut") is True
             if truncated:
                 continue
@@ -287,7 +289,7 @@ def question_spans(conversation: Conversation, i: int, t: Template) -> Iterator[
             yield Span(slots=turn.slots)
         else:
             yield Span(before + part.format(text=text, input=turn.input), continues=continues)
-        before, continues = "", not t.leading_space  # for the parts after the first one
+        before, continues = "", t.reply_continues  # text after </s> or slots is like a reply
 
 
 def encode_span(span: Span, tokenizer: Tokenizer) -> list[int]:
@@ -388,7 +390,8 @@ def read_text(path) -> str:
     return text
 
 
-# Broken JSON rather than prose: an object, possibly in an array, whose first key is quoted.
+# Text that is meant as JSON, so that it is reported as broken instead of being read as prose: an
+# object, possibly in an array, whose first key is quoted.
 LOOKS_LIKE_JSON = re.compile(r'\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:')
 
 
@@ -652,11 +655,11 @@ def atomic_write(path, mode: str = "w"):
         part.unlink(missing_ok=True)
 
 
-# -- rows of tokens: a batch is a pure function of (data, seed, step, size) -----------------------
+# -- rows of tokens: a batch is a pure function of (data, seed, index, size) ----------------------
 
 class Rows:
-    """Rows of equal length (R, L), reshuffled in every epoch. Resuming at a step needs no state.
-    Labels align with tokens; the loss shifts them."""
+    """Tokens, labels and segments, each (rows, row length), reshuffled in every epoch. Resuming
+    needs no state. Labels align with tokens; the loss shifts them."""
 
     def __init__(self, tokens: np.ndarray, labels: np.ndarray, segments: np.ndarray | None = None,
                  seed: int = 0):
@@ -674,13 +677,13 @@ class Rows:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
         return self._order[i % len(self)]
 
-    def indices(self, step: int, size: int) -> list[int]:
+    def indices(self, index: int, size: int) -> list[int]:
         """The rows of one batch."""
-        return [self.row(i) for i in range(step * size, (step + 1) * size)]
+        return [self.row(i) for i in range(index * size, (index + 1) * size)]
 
-    def batch(self, step: int, size: int) -> tuple:
-        """tokens, labels (size, L), and segments or None, as int64 tensors."""
-        return self.at(self.indices(step, size))
+    def batch(self, index: int, size: int) -> tuple:
+        """tokens, labels (size, row length), and segments or None, as int64 tensors."""
+        return self.at(self.indices(index, size))
 
     def at(self, rows: Sequence[int]) -> tuple:
         parts = (self.tokens, self.labels, self.segments)
@@ -698,9 +701,9 @@ class TextRows(Rows):
         empty = np.empty((n_rows, 0))  # rows are cut when they are needed
         super().__init__(empty, empty, None, seed)
 
-    def batch(self, step: int, size: int) -> tuple:
+    def batch(self, index: int, size: int) -> tuple:
         rows = []
-        for i in range(step * size, (step + 1) * size):
+        for i in range(index * size, (index + 1) * size):
             epoch = i // len(self)
             # the 1: random numbers that are independent of the permutation's
             offset = np.random.default_rng((self.seed, epoch, 1)).integers(self.width)
@@ -711,8 +714,8 @@ class TextRows(Rows):
 
 
 def windows(ids: np.ndarray, seq_len: int, bos: int) -> Rows:
-    """Rows for a validation loss, with a stride of half a row: each token is scored once, after up
-    to half a row of context."""
+    """Rows for a validation loss, with a stride of half a row: each token is scored once, after at
+    least half a row of context (less only at the start of the text)."""
     half = seq_len // 2
     starts = range(0, len(ids), half)
     tokens = np.full((len(starts), seq_len), bos, np.int32)
@@ -725,7 +728,7 @@ def windows(ids: np.ndarray, seq_len: int, bos: int) -> Rows:
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """One stream of ids. Encoded in pieces, because SentencePiece is slow on long strings."""
+    """One stream of ids. Encoded in chunks, because SentencePiece is slow on long strings."""
     ids, begin = [], 0
     while begin < len(text):
         end = min(len(text), begin + 50000)
@@ -751,8 +754,8 @@ def render_file(path, template: str, tokenizer: Tokenizer, report: Report) -> li
 # -- packing --------------------------------------------------------------------------------------
 
 def pack_textbook(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """First fit: each example goes into the first row that has room. Returns the examples of each
-    row. pack_best_fit usually needs fewer rows, and less time."""
+    """First fit, a simpler rule than pack_best_fit's: each example goes into the first row that has
+    room. Takes more time, and usually more rows. Returns the examples of each row."""
     rows, used = [], []
     for i, length in enumerate(lengths):
         length = min(length, seq_len)
@@ -768,7 +771,7 @@ def pack_textbook(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 def pack_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Best-fit decreasing: longest first, each into the fullest row that has room."""
     rows: list[list[int]] = []
-    free: list[tuple[int, int, int]] = []  # sorted: (room left, -when last filled, row)
+    free: list[tuple[int, int, int]] = []  # sorted: (room left, tie-break: latest first, row)
     longest_first = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     for n, i in enumerate(longest_first):
         length = min(lengths[i], seq_len)
@@ -815,7 +818,7 @@ def generate_replies(model, tokenizer: Tokenizer, template: str,
     Old rounds are dropped if a prompt is too long; a question that fills the context by itself
     gets an empty reply. Prompts of similar length are batched together.
     """
-    limit = model.config.max_seq_len
+    limit = model.config.max_seq_len  # not the window of training: the exam may go beyond it
     room = limit - min(max_new_tokens, limit // 2)
     prompts = [fit_prompt(c, template, tokenizer, room)[0] for c in conversations]
     replies, ended = [""] * len(prompts), [False] * len(prompts)
@@ -840,7 +843,7 @@ def decode_reply(ids: Sequence[int], template: str, tokenizer: Tokenizer) -> tup
     stopped = tokenizer.eos in ids
     if stopped:
         ids = ids[:ids.index(tokenizer.eos)]
-    text = tokenizer.decode(ids, continues=not get_template(template).leading_space)
+    text = tokenizer.decode(ids, continues=get_template(template).reply_continues)
     reply, found_end = strip_end(text, template)
     return reply, stopped or found_end
 

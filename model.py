@@ -9,6 +9,7 @@ Letters in the shape comments: B batch, T query positions, S key positions (cach
 dimension, H heads, K key/value heads, D head dimension, V vocabulary, N supervised positions,
 M image vectors.
 The state_dict has Meta's keys: the published 7B file fits as it is, except for its rope.freqs.
+X_textbook is the plain form of X, and the tests require that both give the same.
 """
 
 import math
@@ -57,8 +58,8 @@ class LLaMAConfig:
         return self.dim // self.n_heads
 
 
-# Table 2 of [1] and Meta's params.json. "toy" and "small" are ours; the small theta of "toy" suits
-# its short context.
+# Table 2 of [1] and Meta's params.json. "toy" and "small" are ours: hidden_dim is 8/3 dim, rounded
+# up to a multiple of 32 or 128, and the small theta of "toy" suits its short context.
 PRESETS = {
     "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),
@@ -99,8 +100,11 @@ def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0,
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE [2] eq. 34: rotates each pair of neighbors (x[2i], x[2i+1]) by its angle. (Hugging Face
-    pairs x[i] with x[i + D/2], so tools/convert.py permutes the rows of its wq and wk.)
+    """RoPE [2] eq. 34: rotates each pair of neighbors (x[2i], x[2i+1]) by its angle.
+
+    Queries and keys are rotated, values are not, so q . k depends on the distance between two
+    tokens, not on where they are. (Hugging Face pairs x[i] with x[i + D/2], so tools/convert.py
+    permutes the rows of its wq and wk.)
 
     x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) if every row has its own positions.
     """
@@ -137,7 +141,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         k, v = k.repeat_interleave(n_rep, dim=1), v.repeat_interleave(n_rep, dim=1)
     if not fused:
         return attention_textbook(q, k, v, causal_mask(T, S, q.device) if mask is None else mask)
-    if mask is None and 1 < T < S:  # the kernel's own causal mask is right only if T == S
+    if mask is None and 1 < T < S:  # the kernel's own mask takes the *first* T positions
         mask = causal_mask(T, S, q.device)
     is_causal = mask is None and T > 1  # a single query sees every key
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
@@ -145,7 +149,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 class KVCache:
     """Preallocated keys and values of all layers, of which the first `length` positions are filled.
-    Truncate it to reuse a prefix.
+
+    Attention is causal: later tokens do not change the keys and values of a token, so they are
+    computed once. truncate(n) keeps the first n positions, when the next prompt begins like this
+    one.
 
     padding (B,): the number of padding positions at the left of each row, or None.
     """
@@ -211,7 +218,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T, C) -> (B, T, C)."""
+    """Pre-norm transformer block: x + f(norm(x)), twice. The residual stream x (B, T, C) itself is
+    never normalized."""
 
     def __init__(self, config: LLaMAConfig):
         super().__init__()
@@ -344,7 +352,7 @@ class LLaMA(nn.Module):
 
     def nll_textbook(self, tokens: torch.Tensor, labels: torch.Tensor, images=None,
                      segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss as a textbook writes it. `nll` computes the same for less memory and work."""
+        """The loss as a textbook would write it. `nll` takes less memory and work."""
         logits = self(tokens, images, segments)[:, :-1]  # position t predicts token t + 1
         targets = shift_labels(labels, segments)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
@@ -452,13 +460,14 @@ class LLaMA(nn.Module):
         return KVCache(self.config, len(prompts), max_len, dtype, device, padding)
 
 
-# -- targets, positions, masks, sampling ----------------------------------------------------------
+# -- targets, positions, masks --------------------------------------------------------------------
 
 def shift_labels(labels: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """Labels (B, T) -> the target of each position but the last, (B, T-1).
 
-    The first token of a packed conversation is not a target: it would have to be predicted from the
-    conversation before it.
+    The first token of a packed segment is not a target: it would have to be predicted from the
+    segment before it. (That matters for documents. A conversation's first token is bos, which is
+    never supervised.)
     """
     targets = labels[:, 1:]
     if segments is not None:
@@ -474,7 +483,7 @@ def positions_and_mask(T: int, past: int, segments: torch.Tensor | None,
                        padding: torch.Tensor | None, device) -> tuple:
     """The position of each token, (T,) or (B, T), and the attention mask (B, 1, T, S), or None for
     plain causal attention."""
-    if segments is not None and (segments != segments[:, :1]).any():  # else plain causal is faster
+    if segments is not None and (segments != segments[:, :1]).any():  # several in some row
         assert past == 0 and padding is None, "packed rows are for training, without a cache"
         return packed_positions_and_mask(segments)
     if padding is not None:
@@ -505,6 +514,8 @@ def padded_positions_and_mask(T: int, past: int, padding: torch.Tensor) -> tuple
     return (q_pos - padding[:, None]).clamp(min=0), mask[:, None]
 
 
+# -- sampling -------------------------------------------------------------------------------------
+
 def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_k: int, top_p: float,
            repetition_penalty: float, generator: torch.Generator) -> torch.Tensor:
     """One token per row of logits (B, V). seen (B, V) marks the tokens of prompt and output."""
@@ -527,19 +538,21 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_k: 
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+# -- initialization -------------------------------------------------------------------------------
+
 @torch.no_grad()
 def init_for_retrieval(model: LLaMA) -> None:
     """Initializes attention close to an induction head (2209.11895), which retrieves from context.
 
     After "the star is red", a model completes a later "the star is" in two steps: an early layer
     lets each token see its predecessors, and a later layer attends to earlier tokens that have the
-    same predecessors. From a plain initialization the toy model needs thousands of steps to find
-    that; from this one, hundreds (docs/toy.md; compare mimetic initialization, 2305.09828):
+    same predecessors. From a plain initialization, the toy model needs many more steps to find
+    that (compare mimetic initialization, 2305.09828):
 
     - Layer 0 attends to the current token and the few before it. Between random embeddings, a RoPE
       score depends on distance only through a component that all tokens share. So embeddings get a
       common mean (init_weights), and wq and wk map it onto the pairs that rotate fast.
-    - Layer 0 adds what it attends to, scaled down, to the residual stream: wo = wv^T, with an
+    - Layer 0 adds what it attends to, times 0.33^2, to the residual stream: wo = wv^T, with an
       orthogonal wv.
     - Later layers attend to identical tokens: wk = wq (in each group, that of its first query
       head). Both are doubled in the pairs that rotate slowly, whose scores hardly change with

@@ -8,8 +8,9 @@
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
 
 In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
-an answer. The KV cache is reused between turns, so that only new tokens are processed. The context
-is as long as the rows that the model was trained on; the oldest rounds are dropped to fit into it.
+an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
+long as the rows that the model was trained on. When it is full, old rounds are dropped (those with
+a picture last), which changes the prefix, so that most of the prompt is processed again.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from tools.config import UserError, refuse_unused
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder: ours, Meta's or Hugging Face's; the newest by default
+    ckpt: str = ""  # checkpoint folder, ours or published; out/vicuna or the newest by default
     prompt: str = ""  # answer this and exit
     image: str = ""  # picture for the first question
     template: str = ""  # the model's own by default
@@ -59,17 +60,18 @@ class SampleConfig:
 class Picture(NamedTuple):
     path: str
     number: int  # never reused in a chat: tells pictures apart in the cache
-    vectors: torch.Tensor  # (Q, C), one for each image slot
+    vectors: torch.Tensor  # (slots, C)
 
 
 class Chat:
     """One conversation with a model. The KV cache holds the tokens in `cached`; a turn processes
-    only the rest of its prompt."""
+    only the rest of its prompt. A picture takes `n_queries` slots of the prompt, and in `cached`
+    each slot has its picture's number."""
 
     def __init__(self, net: torch.nn.Module, tokenizer: data.Tokenizer, template: str,
                  cfg: SampleConfig, window: int | None = None):
-        self.eyes = net if isinstance(net, vision.MiniGPT4) else None
-        self.net = self.eyes.llama if self.eyes else net
+        self.vlm = net if isinstance(net, vision.MiniGPT4) else None
+        self.net = self.vlm.llama if self.vlm else net
         self.tokenizer, self.template, self.cfg = tokenizer, template, cfg
         self.window = window or self.net.config.max_seq_len
         weight = self.net.tok_embeddings.weight
@@ -90,16 +92,16 @@ class Chat:
         conversation = data.Conversation(self.turns, system=self.system)
         tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room)
         if dropped:
-            rounds = "round" if dropped == 1 else f"{dropped} rounds"
+            rounds = "1 earlier round" if dropped == 1 else f"{dropped} earlier rounds"
             self.notices.append(f"the context of {self.window} tokens is full: the model no longer "
-                                f"sees the oldest {rounds}")
+                                f"sees {rounds}")
         return tokens
 
     def open_picture(self, path: str) -> Picture:
         """Raises UserError if the model has no vision encoder, or the file is no picture."""
-        if not self.eyes:
+        if not self.vlm:
             raise UserError("this model cannot see; `python train_vlm.py` trains one that can")
-        vectors = self.eyes.encode_image(path)
+        vectors = self.vlm.encode_image(path)
         self.n_opened += 1
         return Picture(path, self.n_opened, vectors)
 
@@ -112,7 +114,7 @@ class Chat:
         early, the reply so far is kept."""
         picture, self.pending = self.pending, None
         self.notices = []
-        slots = self.eyes.n_queries if picture else 0
+        slots = self.vlm.n_queries if picture else 0
         self.turns.append(data.Turn("user", text, slots=slots))
         if picture:
             self.pictures.append(picture)
@@ -179,15 +181,15 @@ class Chat:
         n_slots = prompt.count(model.IMAGE_SLOT)
         if n_slots == 0:
             return [], list(prompt)
-        shown = self.pictures[-(n_slots // self.eyes.n_queries):]
-        numbers = iter([-p.number for p in shown for _ in range(self.eyes.n_queries)])
+        shown = self.pictures[-(n_slots // self.vlm.n_queries):]
+        numbers = iter([-p.number for p in shown for _ in range(self.vlm.n_queries)])
         marks = [next(numbers) if t == model.IMAGE_SLOT else t for t in prompt]
         return shown, marks
 
     def text_of(self, ids: list[int], complete: bool) -> tuple[str, bool]:
         """The text of a reply, and whether it contains the template's end."""
         ids = [i for i in ids if i != self.tokenizer.eos]
-        continues = not data.get_template(self.template).leading_space
+        continues = data.get_template(self.template).reply_continues
         text = self.tokenizer.decode(ids, continues)
         return data.strip_end(text, self.template, complete)
 
@@ -251,14 +253,14 @@ class Chat:
         turns, pictures = conversation.turns, []
         for n, image in conversation.extra.get("images", []):
             pictures.append(self.open_picture(image))
-            turns[2 * n] = turns[2 * n]._replace(slots=self.eyes.n_queries)
+            turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
         self.turns, self.system = turns, conversation.system
         self.pictures, self.pending = pictures, None
 
 
-def newest(out: Path = Path("out")) -> Path:
+def default_checkpoint(out: Path = Path("out")) -> Path:
     """out/vicuna, else out/alpaca, else the run that was written last, base models at the end."""
-    others = sorted(out.glob("*/"), key=lambda p: (p.name == "base", -p.stat().st_mtime))
+    others = sorted(out.glob("*/"), key=lambda p: (p.name.endswith("base"), -p.stat().st_mtime))
     for folder in (out / "vicuna", out / "alpaca", *others):
         if (folder / "latest").exists():
             return folder
@@ -272,8 +274,9 @@ def open_chat(cfg: SampleConfig) -> Chat:
         data.get_template(cfg.template)  # raises before anything large is loaded
     folder = Path(cfg.ckpt)
     if not cfg.ckpt:
-        seeing = Path("out/minigpt4")
-        folder = seeing if cfg.image and (seeing / "latest").exists() else newest()
+        folder = Path("out/minigpt4")
+        if not cfg.image or not (folder / "latest").exists():
+            folder = default_checkpoint()
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
     net, path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
     trained_in = meta["template"]
@@ -289,7 +292,7 @@ def open_chat(cfg: SampleConfig) -> Chat:
 
 def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
     """Prints an answer as it comes. Ctrl-C ends the answer, not the program."""
-    if chat.eyes and not chat.turns and not chat.pending:
+    if chat.vlm and not chat.turns and not chat.pending:
         print("(no picture yet: use /image FILE, or --image)", file=sys.stderr)
     with contextlib.closing(pieces):  # keeps what was said so far
         try:
@@ -324,6 +327,8 @@ def command(chat: Chat, line: str) -> None:
         for turn in chat.turns:
             print(("> " if turn.role == "user" else "") + turn.text)
     else:
+        if word != "/help":
+            print(f"cannot run {line}; the commands are:", end=" ")
         print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
 
 

@@ -1,4 +1,6 @@
-"""The training loop, and the chain LLaMA -> Alpaca -> Vicuna.
+"""The training loop, and the toy chain: a base model is pre-trained as LLaMA was, then fine-tuned
+twice, once into Alpaca (single-turn instructions, terse answers) and once into Vicuna
+(conversations, full answers).
 
     python train_sft.py                    # the toy chain: data, tokenizer, three models, a table
     python train_sft.py --fast             # less data, fewer steps: shows the trend only
@@ -61,7 +63,7 @@ class SFTConfig:
     seq_len: int = 256  # context length: tokens in a packed row
     batch_size: int = 8  # rows in an optimizer step, over all processes
     micro_batch: int = 0  # rows in one forward pass of one process; 0: no gradient accumulation
-    steps: int = 0  # optimizer steps; 0: from --epochs (a toy model: at least 200)
+    steps: int = 0  # optimizer steps; 0: from --epochs (fine-tuning a toy model: at least 200)
     epochs: float = 3.0  # passes over your own data; --steps overrides it
     learning_rate: float = 0.0  # peak; 0: 1e-3, or 2e-5 above 1 B parameters, times 10 with LoRA
     warmup: float = 0.1  # fraction of the steps
@@ -152,11 +154,12 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
 
 @torch.no_grad()
 def muon_textbook(p: torch.Tensor, momentum: torch.Tensor, lr: float, weight_decay: float) -> None:
-    """One Muon step for one weight matrix: replaces its Nesterov momentum U S V^T by U V^T, so that
-    all directions move equally far, those of rare examples included.
+    """One Muon step for one weight matrix: replaces its Nesterov momentum U S V^T by U V^T. All
+    directions then move about equally far, also those with a small singular value, to which only
+    rare examples contribute.
 
-    The factor 0.4 sqrt(max(shape)) gives the update an RMS of 0.4 lr for any shape; 2502.16982,
-    section 2.2, has 0.2.
+    The factor 0.4 sqrt(max(shape)) gives an exact U V^T of full rank an RMS of 0.4 lr for any
+    shape; 2502.16982, section 2.2, has 0.2.
     """
     momentum.mul_(0.95).add_(p.grad)
     update = orthogonalize((p.grad + 0.95 * momentum)[None])[0]
@@ -196,8 +199,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """Approximates U V^T for each x = U S V^T of a stack (N, rows, columns), by five Newton-Schulz
-    iterations. With these coefficients, singular values end between about 0.7 and 1.2."""
+    """Approximates U V^T for each x = U S V^T of a stack (matrices, rows, columns), by five
+    Newton-Schulz iterations. With these coefficients, singular values end between about 0.7 and
+    1.2, except that those below 1/700 of the Frobenius norm end lower."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # now no singular value exceeds 1
@@ -215,12 +219,12 @@ def make_optimizer(net: torch.nn.Module, cfg: SFTConfig) -> torch.optim.AdamW:
             # "layers" of LLaMA and the Q-Former, "blocks" of the ViT
             in_blocks = p.dim() == 2 and bool(re.search(r"(layers|blocks)\.\d", name))
             groups.setdefault((p.dim() > 1, in_blocks), []).append(p)
-    settings = []
+    param_groups = []
     for (is_matrix, in_blocks), params in groups.items():
         decay = cfg.weight_decay if is_matrix else 0.0
-        settings.append(dict(params=params, in_blocks=in_blocks, weight_decay=decay))
+        param_groups.append(dict(params=params, in_blocks=in_blocks, weight_decay=decay))
     optimizer = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    return optimizer(settings, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
+    return optimizer(param_groups, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -230,8 +234,8 @@ def loss_backward(net, parts: list[tuple], machine: Machine) -> float:
     mean loss.
 
     The sum over supervised tokens is divided by their count over *all* micro-batches and processes.
-    A mean of means would give a token in a short reply more weight than one in a long reply, and
-    NaN where a micro-batch has no supervised token. A micro-batch is (tokens, labels, segments),
+    A mean of means would give more weight to the tokens of a micro-batch that has few supervised
+    ones, and NaN if it has none. A micro-batch is (tokens, labels, segments),
     and for MiniGPT-4 also images.
     """
     own_count = 0
@@ -319,12 +323,12 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
               shape: dict | None = None, network: torch.nn.Module | None = None,
               extra_settings: dict | None = None, window: int = 0,
               callback: Callable | None = None) -> torch.nn.Module:
-    """Trains one model into cfg.out/name and returns it; loads it if it is already trained. It
-    starts from the checkpoint `parent`, from random weights of `shape`, or is `network`, of which
-    the unfrozen parameters are trained.
+    """Trains one model into cfg.out/name and returns it; loads it if it is already trained.
 
-    source: identifies the data. extra_settings: what else the run depends on. window: the context
-    length that `network` was trained on.
+    Exactly one of these says where the weights come from: `parent`, a checkpoint; `shape`, for
+    random weights; `network`, which may have frozen parts, and whose language model was trained on
+    a context of `window` tokens. source and extra_settings identify the data and whatever else the
+    run depends on: if they change, it is not resumed.
     """
     folder = Path(cfg.out) / name
     if parent and Path(parent).resolve() == folder.resolve():
@@ -372,8 +376,8 @@ def resolve(cfg: SFTConfig, parent: str, shape: dict | None) -> SFTConfig:
         cfg = replace(cfg, optimizer="adamw")
     if cfg.learning_rate:
         return cfg
-    sizes = checkpoint.peek(parent)[0] if parent else model.LLaMAConfig(**(shape or {}))
-    rate = 2e-5 if model.count_parameters(sizes) > 1e9 else 1e-3
+    c = checkpoint.peek(parent)[0] if parent else model.LLaMAConfig(**(shape or {}))
+    rate = 2e-5 if model.count_parameters(c) > 1e9 else 1e-3
     return replace(cfg, learning_rate=rate * 10 if cfg.lora_rank else rate)
 
 
@@ -388,8 +392,9 @@ def build_network(cfg: SFTConfig, resume, network, parent: str, shape: dict | No
     torch.manual_seed(cfg.seed)
     if not parent:
         length = max(cfg.seq_len, shape.get("max_seq_len", 2048))
-        sizes = {**shape, "vocab_size": tokenizer.vocab_size, "max_seq_len": length}
-        return model.LLaMA(model.LLaMAConfig(**sizes), retrieval_init=True)
+        shape = {**shape, "vocab_size": tokenizer.vocab_size, "max_seq_len": length}
+        # Not LLaMA's initialization: see model.init_for_retrieval.
+        return model.LLaMA(model.LLaMAConfig(**shape), retrieval_init=True)
     net = checkpoint.load(parent, mmap=machine.sharded)[0]
     if cfg.lora_rank:
         model.add_lora(net, cfg.lora_rank)
@@ -492,22 +497,25 @@ def validate(net, rows: data.Rows, machine: Machine, batch: int = 32) -> tuple[f
 def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "",
               shape: dict | None = None, tokenizer: data.Tokenizer | None = None,
               callback: Callable | None = None) -> model.LLaMA:
-    """Alpaca and Vicuna: only the replies and their ends are in the loss. Starts from `parent`, or
-    from scratch with `shape` and `tokenizer`. The template is recorded in meta.json."""
+    """Supervised fine-tuning: only the replies and their ends are in the loss. Alpaca and Vicuna
+    differ only in the file, and in the template that goes with it.
+
+    Starts from `parent`, or from scratch with `shape` and `tokenizer`.
+    """
     template = cfg.template or data.default_template(path)
     if not parent:
-        sizes = model.LLaMAConfig(**shape)
+        c = model.LLaMAConfig(**shape)
     else:
-        sizes, tokenizer_path, _ = checkpoint.peek(parent)
+        c, tokenizer_path, _ = checkpoint.peek(parent)
         tokenizer = data.Tokenizer(tokenizer_path)
-        if cfg.seq_len > sizes.max_seq_len:
-            raise UserError(f"--seq_len={cfg.seq_len} is more than the {sizes.max_seq_len} "
+        if cfg.seq_len > c.max_seq_len:
+            raise UserError(f"--seq_len={cfg.seq_len} is more than the {c.max_seq_len} "
                             f"positions of {parent}")
     rows = conversation_rows(path, template, tokenizer, cfg)
     if not cfg.steps:
         steps = round(cfg.epochs * len(rows) / cfg.batch_size)
         # A toy model learns nothing from the few steps that a small file gives.
-        least = 200 if model.count_parameters(sizes) < 1e7 else 1
+        least = 200 if model.count_parameters(c) < 1e7 else 1
         cfg = replace(cfg, steps=max(least, steps))
     return run_stage(cfg, name, machine, rows, tokenizer, template, checkpoint.digest(path), parent,
                      shape, callback=callback)
@@ -593,7 +601,7 @@ def choose_base(cfg: SFTConfig) -> tuple[str, str]:
     sample = "\n".join(conversation_texts(cfg.data)[:200])
     characters_per_token = len(sample) / len(data.find_tokenizer(base).encode(sample))
     reason = f"its tokenizer gives {characters_per_token:.1f} characters per token on this text"
-    if characters_per_token > 1.5:
+    if characters_per_token > 1.5:  # near 1, the text falls apart into characters and bytes
         return str(base), reason
     return "", f"{base} does not fit: {reason}"
 
@@ -601,7 +609,7 @@ def choose_base(cfg: SFTConfig) -> tuple[str, str]:
 # -- the toy chain --------------------------------------------------------------------------------
 
 # Sizes of the data, steps of each stage, and questions in each row of the exam. "equal": the steps
-# after which Alpaca has seen as many supervised tokens as Vicuna.
+# after which Alpaca has seen about as many supervised tokens as Vicuna.
 TOY = dict(documents=16000, instructions=6000, conversations=12000, base=760, alpaca=100,
            vicuna=600, equal=1860, questions=100)
 FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alpaca=40,
@@ -609,7 +617,7 @@ FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alp
 
 
 def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
-    """LLaMA -> Alpaca -> Vicuna in the toy world, then the exam with its controls."""
+    """A base model, from it Alpaca and Vicuna, and the exam with its controls."""
     from toy import exam, world
     refuse_unused(cfg, ("init", "tokenizer", "template", "epochs", "lora_rank"),
                   "it is only for --data=FILE")
@@ -631,26 +639,26 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     flops = train_flops(model.LLaMAConfig(**shape), tokens, 0, cfg.seq_len)
     plan = Plan({**steps, "exam": sum(steps.values()) // 5}, 3 * flops / machine.peak_flops)
 
-    def settings(name: str, what: str) -> SFTConfig:
+    def begin_stage(name: str, what: str) -> SFTConfig:
         plan.begin(name, what)
         return replace(cfg, steps=steps[name])
 
     models = {}
     exam.print_watched_question()
-    stage = settings("base", "LLaMA, pre-trained on documents")
+    stage = begin_stage("base", "LLaMA, pre-trained on documents")
     models["base"] = pretrain(stage, "base", machine, files["base"], tokenizer,
                               exam.watcher(tokenizer, "lines"))
-    stage = settings("alpaca", "Alpaca, the base fine-tuned on instructions")
+    stage = begin_stage("alpaca", "Alpaca, the base fine-tuned on instructions")
     models["Alpaca"] = fine_tune(stage, "alpaca", machine, files["alpaca"], base,
                                  callback=exam.watcher(tokenizer, "alpaca"))
-    stage = settings("vicuna", "Vicuna, the base fine-tuned on conversations")
+    stage = begin_stage("vicuna", "Vicuna, the base fine-tuned on conversations")
     models["Vicuna"] = fine_tune(stage, "vicuna", machine, files["vicuna"], base,
                                  callback=exam.watcher(tokenizer, "vicuna_v1.1"))
     if cfg.full:
-        stage = settings("random-init", "control: Vicuna's data from random initialization")
+        stage = begin_stage("random-init", "control: Vicuna's data from random initialization")
         models["random init"] = fine_tune(stage, "random-init", machine, files["vicuna"],
                                           shape=shape, tokenizer=tokenizer)
-        stage = settings("alpaca-equal", "control: Alpaca on as many supervised tokens as Vicuna")
+        stage = begin_stage("alpaca-equal", "control: Alpaca, as many supervised tokens as Vicuna")
         models["Alpaca ="] = fine_tune(stage, "alpaca-equal", machine, files["alpaca"], base)
     plan.begin("exam", "the exam")
     figures = exam.run_toy_exam(models, tokenizer, files, sizes["questions"], cfg.full)
@@ -658,7 +666,7 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     with data.atomic_write(out / "table.json") as file:
         json.dump(figures, file, indent=1)
     exam.plot_losses(out)
-    exam.print_next_steps(out, figures["minutes"])
+    exam.print_next_steps(cfg, figures["minutes"])
     return figures
 
 

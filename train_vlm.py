@@ -264,8 +264,8 @@ class SymbolRows:
     def __len__(self) -> int:
         return 2 ** 31  # endless: every step draws new pictures
 
-    def batch(self, step: int, size: int) -> tuple:
-        pictures, symbols = self.pick(step, size)
+    def batch(self, index: int, size: int) -> tuple:
+        pictures, symbols = self.pick(index, size)
         labels = [[data.IGNORE] + [self.index[symbol] for symbol in row] for row in symbols]
         pixels = [vision.preprocess(picture, self.image_size) for picture in pictures]
         labels = torch.tensor(labels)
@@ -329,8 +329,8 @@ class PictureRows(data.Rows):
         super().__init__(tokens, labels, None, seed)
         self.images = images
 
-    def batch(self, step: int, size: int) -> tuple:
-        rows = self.indices(step, size)
+    def batch(self, index: int, size: int) -> tuple:
+        rows = self.indices(index, size)
         return (*self.at(rows), self.images(rows))
 
 

@@ -73,7 +73,7 @@ def supervised(tokenizer, example, template: str) -> list[str]:
             ids = list(run)
             end = "</s>" if ids[-1] == tokenizer.eos else ""
             text = [i for i in ids if i != tokenizer.eos]
-            continues = not data.TEMPLATES[template].leading_space
+            continues = data.TEMPLATES[template].reply_continues
             found.append(tokenizer.decode(text, continues) + end)
     return found
 
@@ -207,7 +207,7 @@ def test_image_slots_stand_in_tags(tokenizer, template):
     before = tokenizer.decode(example.tokens[1:at])
     after = tokenizer.decode(example.tokens[at + 3:], continues=True)
     t = data.TEMPLATES[template]
-    space = " " if t.leading_space else ""  # SentencePiece's, as in the originals
+    space = "" if t.reply_continues else " "  # SentencePiece's, as in the originals
     assert before.endswith("<Img>") and after.startswith(f"{space}</Img> What")
     assert supervised(tokenizer, example, template) == ["A cat." + (t.end or "</s>")]
 

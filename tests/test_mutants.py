@@ -191,7 +191,7 @@ DATA = [
      "labels = np.full((len(packed), seq_len), pad, np.int32)",
      "test_padding_is_not_supervised"),
     ("a space before a reply that has none", "spans",
-     "supervised=True, continues=not t.leading_space)", "supervised=True)",
+     "supervised=True, continues=t.reply_continues)", "supervised=True)",
      "test_string"),
     ("a space before a question that has none", "question_spans",
      "continues = i > 0 and t.ask_continues", "continues = False",

@@ -180,7 +180,7 @@ def test_old_rounds_leave_the_window(tokenizer):
             if len(prompt) < 64 - 12:
                 break
         assert chat.cached[:len(prompt)] == prompt
-        rounds = "oldest round" if dropped == 1 else f"oldest {dropped} rounds"
+        rounds = "earlier round" if dropped == 1 else f"{dropped} earlier rounds"
         told = [notice for notice in chat.notices if "cut at" not in notice]
         assert len(told) == (dropped > 0) and all(rounds in notice for notice in told)
     assert dropped > 5, "this test cannot fail"
@@ -217,7 +217,7 @@ def test_the_window_comes_from_the_checkpoint(folder):
     ("cat 🙂 dog 👩‍👩‍👧 한국어!", None), ("cat 🙂", -1), ("한", -2), (" \n x", None)], ids=ascii)
 def test_streaming_is_utf8(chat, text, end):
     """A character of several byte pieces is printed when it is complete, never half of it."""
-    continues = not data.get_template(chat.template).leading_space
+    continues = data.get_template(chat.template).reply_continues
     ids = chat.tokenizer.encode(text, continues)[:end]
     chat.net.generate = lambda *_, **__: ([i] for i in ids)
     pieces = list(chat.answer("cat"))
@@ -339,10 +339,10 @@ def test_newest(tmp_path):
         os.utime(tmp_path / name, (1e9 - 1e6 * age,) * 2)
     (tmp_path / "unfinished").mkdir()
     for name in ("vicuna", "alpaca", "mine", "yours", "base"):
-        assert sample.newest(tmp_path).name == name
+        assert sample.default_checkpoint(tmp_path).name == name
         (tmp_path / name / "latest").unlink()
     with pytest.raises(UserError, match="python train_sft.py"):
-        sample.newest(tmp_path)
+        sample.default_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [dict(top_p=1.5), dict(repetition_penalty=0.0)], ids=str)

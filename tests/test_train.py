@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -357,9 +358,14 @@ def test_the_whole_chain_in_small(tmp_path, capsys, monkeypatch):
     assert table["table"] == figures["table"]
 
 
-def test_the_commands_that_are_printed_at_the_end_are_right_for_the_folder(capsys):
-    exam.print_next_steps(Path("my/runs"), 1.0)
+def test_the_commands_that_are_printed_at_the_end_suit_the_run(capsys):
+    """Without its --seed, --full would train all models again."""
+    cfg = train_sft.SFTConfig(out="my/runs", seed=3)
+    exam.print_next_steps(cfg, 1.0)
     printed = capsys.readouterr().out
+    exam.print_next_steps(replace(cfg, full=True), 1.0)
+    assert "--full" not in capsys.readouterr().out
     for words in ("--ckpt=my/runs/vicuna", "--init=my/runs/vicuna --out=my/runs",
+                  "train_sft.py --out=my/runs --seed=3 --full",
                   "--tokenizer=my/runs/base", "my/runs/data/sharegpt.json"):
         assert words in printed

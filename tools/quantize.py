@@ -196,7 +196,7 @@ def jinja(template: str) -> str:
     """A template of data.py in Jinja, as llama.cpp and transformers read it. They add <s>."""
     t = data.get_template(template)
     before, after = t.ask.split("{text}")
-    space = " " if t.leading_space else ""  # SentencePiece's, which must be text here
+    space = "" if t.reply_continues else " "  # SentencePiece's, which must be text here
 
     def put(*parts: str) -> str:
         return "{{ " + " + ".join(parts) + " }}"

@@ -248,16 +248,19 @@ def plot_losses(out: Path) -> None:
     print(f"loss curves: {out / 'loss.png'}")
 
 
-def print_next_steps(out: Path, minutes: float) -> None:
-    """Commands that work for this folder."""
+def print_next_steps(cfg, minutes: float) -> None:
+    """Commands that work for the settings of train_sft.py that were given."""
+    out = Path(cfg.out)
     to_out = "" if out == Path("out") else f" --out={out}"
+    again = to_out + (f" --seed={cfg.seed}" if cfg.seed else "") + (" --fast" if cfg.fast else "")
     commands = [
         f"python sample.py --ckpt={out}/vicuna   # talk to it",
         f"python data.py show {out}/data/sharegpt.json --tokenizer={out}/base   # the loss mask",
         f"python train_vlm.py --init={out}/vicuna{to_out}   # teach it to see",
-        f"python train_sft.py{to_out} --full   # trained controls, and all held-out splits",
         f"python train_sft.py{to_out} --data=FILE   # your own conversations or text",
     ]
+    if not cfg.full:
+        commands.append(f"python train_sft.py{again} --full   # trained controls, all test splits")
     print(f"\n{minutes:.1f} minutes in all. Next:")
     for command in commands:
         print("  " + command)
