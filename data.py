@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from tools.config import UserError, refuse_unused, run
 
-# As in model.py, which this file does not need.
+# The same values as in model.py, repeated so that this file does not import the model.
 IGNORE = -100  # label of a token excluded from the loss (cross_entropy's ignore_index)
 IMAGE_SLOT = -1  # placeholder token, replaced by an image vector
 
@@ -95,19 +95,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     lines = non_blank_lines(texts)
     if not lines:
         raise UserError("no text to train a tokenizer on")
-    # Mix in the text of the toy chain's templates, so that their words become single pieces.
+    # Mix in the text of Vicuna's and Alpaca's templates, so that their words become single pieces.
     lines += template_lines() * max(1, len(lines) // 200)
-    # SentencePiece refuses an alphabet larger than the vocabulary. So lines are cut at the rarest
-    # characters, for which bytes must do.
+    # SentencePiece refuses an alphabet larger than the vocabulary. So lines are split at the rarest
+    # characters, which are left to byte fallback.
     characters = Counter(itertools.chain.from_iterable(lines))
     n_kept = max(1, vocab_size - N_FIXED_PIECES)
     rare = [character for character, _ in characters.most_common()[n_kept:]]
     cut_at = {ord(character): "\n" for character in rare}
     lines = non_blank_lines(line.translate(cut_at) for line in lines)
-    smallest = N_FIXED_PIECES + len(characters) - len(rare)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), model_type="bpe",
-        vocab_size=max(vocab_size, smallest), hard_vocab_limit=False, byte_fallback=True,
+        vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, character_coverage=0.99995,
         max_sentence_length=1 << 20, minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
@@ -128,7 +127,7 @@ def template_lines() -> list[str]:
 
 
 def find_tokenizer(path) -> Tokenizer:
-    """From a checkpoint folder (its latest step) or a tokenizer.model."""
+    """The tokenizer of a checkpoint folder (its latest step), or a tokenizer.model."""
     path = Path(path)
     if (path / "latest").exists():
         path = path / (path / "latest").read_text(encoding="utf-8").strip()
@@ -246,7 +245,7 @@ class Example(NamedTuple):
 
 
 def spans(conversation: Conversation, t: Template) -> Iterator[Span]:
-    """The conversation, message by message."""
+    """The spans of a conversation, in order."""
     last = len(conversation.turns) - 1
     for i, turn in enumerate(conversation.turns):
         if turn.role == "user":
@@ -254,11 +253,9 @@ def spans(conversation: Conversation, t: Template) -> Iterator[Span]:
         else:
             yield Span(turn.text, supervised=True, continues=t.reply_continues)
             truncated = i == last and conversation.extra.get("cut") is True
-            if truncated:
-                continue
-            if t.end:
+            if t.end and not truncated:
                 yield Span(t.end, supervised=True, continues=True)
-            else:
+            elif not truncated:
                 yield Span(eos=True, supervised=True)
 
 
@@ -289,7 +286,7 @@ def question_spans(conversation: Conversation, i: int, t: Template) -> Iterator[
             yield Span(slots=turn.slots)
         else:
             yield Span(before + part.format(text=text, input=turn.input), continues=continues)
-        before, continues = "", t.reply_continues  # text after </s> or slots is like a reply
+        before, continues = "", t.reply_continues  # after </s> or slots, as a reply is
 
 
 def encode_span(span: Span, tokenizer: Tokenizer) -> list[int]:
@@ -301,7 +298,7 @@ def encode_span(span: Span, tokenizer: Tokenizer) -> list[int]:
 
 
 def render(conversation: Conversation, template: str, tokenizer: Tokenizer) -> Example:
-    """Tokens, and labels that equal them where the model learns and are IGNORE elsewhere. Only
+    """Token ids and labels. A label is the token id where it is supervised, IGNORE elsewhere. Only
     replies and their ends are supervised. If the last turn is the user's, the tokens are a prompt.
     """
     t = get_template(template)
@@ -343,7 +340,7 @@ def fit_prompt(conversation: Conversation, template: str, tokenizer: Tokenizer,
 
 
 def strip_end(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
-    """A reply without the template's end, and whether that was there. While streaming (not
+    """A reply without the template's end, and whether it was found. While streaming (not
     `complete`), a suffix that may be the start of the end is held back."""
     end = get_template(template).end
     if end and end in text:
@@ -398,7 +395,7 @@ LOOKS_LIKE_JSON = re.compile(r'\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:')
 def parse_records(text: str, path) -> list:
     """The values of a JSON array or of JSON lines, in which lone surrogates become "?"."""
     records = parse_json(text, path)
-    if "\\ud" in text.lower():  # may be a lone surrogate, which cannot be written as UTF-8
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # maybe a lone surrogate: UTF-8 cannot encode it
         records = json.loads(json.dumps(records, ensure_ascii=False).encode("utf-8", "replace"))
     return records
 
@@ -459,7 +456,7 @@ def read_file(path, kinds: dict | None = None) -> tuple[str, list | str]:
 def kind_of_records(records: list, kinds: dict) -> str | None:
     """The kind of the first record that has one."""
     for record in records:
-        for kind, key_sets in kinds.items():
+        for kind, key_sets in kinds.items():  # the first match wins
             if isinstance(record, dict) and any(keys <= record.keys() for keys in key_sets):
                 return kind
     return None
@@ -512,8 +509,8 @@ def parse_sharegpt(record: dict, name: str, report: Report) -> Conversation | No
         text = message_text(message)
         if role == "system":
             if turns or system is not None:
-                repairs.append("repaired: used the last of several system prompts, or a late one")
-            system = text
+                repairs.append("repaired: used the last system prompt, although late or repeated")
+            system = text or system
         elif text is None:
             repairs.append("repaired: truncated at an empty message")
             stopped = True
@@ -524,8 +521,8 @@ def parse_sharegpt(record: dict, name: str, report: Report) -> Conversation | No
             repairs.append("repaired: merged consecutive messages of one role")
             turns[-1] = turns[-1]._replace(text=f"{turns[-1].text}\n{text}")
         else:
-            given = message.get("input")
-            turns.append(Turn(role, text, given if isinstance(given, str) else ""))
+            alpaca_input = message.get("input")
+            turns.append(Turn(role, text, alpaca_input if isinstance(alpaca_input, str) else ""))
     if turns and turns[-1].role == "user":
         repairs.append("repaired: dropped an unanswered last question")
         turns.pop()
@@ -540,9 +537,9 @@ def parse_sharegpt(record: dict, name: str, report: Report) -> Conversation | No
     return Conversation(turns, name, system, extra)
 
 
-def one_round(question, reply, given: str = "", extra: dict | None = None) -> dict:
+def one_round(question, reply, alpaca_input: str = "", extra: dict | None = None) -> dict:
     """A ShareGPT record with one question, its Alpaca input, and one reply."""
-    asked = {"from": "human", "value": question, "input": given}
+    asked = {"from": "human", "value": question, "input": alpaca_input}
     return {**(extra or {}), "conversations": [asked, {"from": "gpt", "value": reply}]}
 
 
@@ -555,11 +552,11 @@ def parse_alpaca(record: dict) -> list[dict]:
     extra = {k: v for k, v in record.items() if k not in known}
     records = []
     for instance in record.get("instances", [record]):
-        given = instance.get("input") or ""
-        if given.strip().lower() in NO_INPUT:
-            given = ""
+        alpaca_input = instance.get("input") or ""
+        if alpaca_input.strip().lower() in NO_INPUT:
+            alpaca_input = ""
         reply = instance.get("output", instance.get("response"))
-        records.append(one_round(record["instruction"], reply, given, extra))
+        records.append(one_round(record["instruction"], reply, alpaca_input, extra))
     return records
 
 
@@ -591,7 +588,7 @@ def load_conversations(path, report: Report | None = None) -> list[Conversation]
     report = Report() if report is None else report
     kind, records = read_file(path)
     if kind in ("text", "documents"):
-        raise UserError(f"{path} is plain text, not conversations")
+        raise UserError(f"{path} holds {kind}, not conversations")
     to_sharegpt = parse_alpaca if kind == "alpaca" else None
     found = list(parse_conversations(records, Path(path).stem, report, to_sharegpt))
     if not found:
@@ -609,24 +606,25 @@ def load_documents(path) -> list[str]:
     texts = [r.get("text") if isinstance(r, dict) else None for r in content]
     texts = [t for t in texts if isinstance(t, str) and t.strip()]
     if len(texts) < len(content):
-        print(f"{path}: skipped {len(content) - len(texts)} records without text")
+        print(f"{path}: skipped {len(content) - len(texts)} of {len(content)} records: no text")
     return texts
 
 
 # -- writing files --------------------------------------------------------------------------------
 
 def to_record(c: Conversation, kind: str = "sharegpt") -> dict:
-    """A record of an Alpaca file (one round), or of a ShareGPT file."""
+    """A record of an Alpaca file (one round, no system prompt), or of a ShareGPT file, in which an
+    Alpaca input is part of the question."""
     if kind == "alpaca":
         asked, reply = c.turns
         fields = dict(instruction=asked.text, input=asked.input, output=reply.text)
-        return dict(id=c.id, **fields, **c.extra)
+        return {"id": c.id, **c.extra, **fields}
     messages = [{"from": "system", "value": c.system}] if c.system else []
     for turn in c.turns:
         speaker = "human" if turn.role == "user" else "gpt"
         text = f"{turn.text}\n{turn.input}" if turn.input else turn.text
         messages.append({"from": speaker, "value": text})
-    return dict(id=c.id, conversations=messages, **c.extra)
+    return {"id": c.id, "conversations": messages, **c.extra}
 
 
 def save_conversations(conversations: Iterable[Conversation], path, kind: str = "sharegpt") -> int:
@@ -697,7 +695,7 @@ class TextRows(Rows):
 
     def __init__(self, ids: np.ndarray, seq_len: int, bos: int, seed: int = 0):
         self.ids, self.width, self.bos = ids, seq_len - 1, bos
-        n_rows = max(0, len(ids) // self.width - 1)
+        n_rows = max(0, len(ids) // self.width - 1)  # one fewer: room for the offset
         empty = np.empty((n_rows, 0))  # rows are cut when they are needed
         super().__init__(empty, empty, None, seed)
 
@@ -714,8 +712,8 @@ class TextRows(Rows):
 
 
 def windows(ids: np.ndarray, seq_len: int, bos: int) -> Rows:
-    """Rows for a validation loss, with a stride of half a row: each token is scored once, after at
-    least half a row of context (less only at the start of the text)."""
+    """Sliding-window rows for a validation loss, with a stride of half a row. Each token is scored
+    once, after at least half a row of context (less only at the start of the text)."""
     half = seq_len // 2
     starts = range(0, len(ids), half)
     tokens = np.full((len(starts), seq_len), bos, np.int32)
@@ -728,7 +726,8 @@ def windows(ids: np.ndarray, seq_len: int, bos: int) -> Rows:
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """One stream of ids. Encoded in chunks, because SentencePiece is slow on long strings."""
+    """One stream of ids. Encoded in chunks, which end at a line break if possible, because
+    SentencePiece is slow on long strings."""
     ids, begin = [], 0
     while begin < len(text):
         end = min(len(text), begin + 50000)
@@ -788,8 +787,8 @@ def pack_best_fit(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0) -> Rows:
-    """Several conversations in each row of `seq_len` tokens. segments number them, so that they do
-    not attend to each other. Examples longer than a row are truncated."""
+    """Several conversations in each row of `seq_len` tokens. `segments` numbers those of a row, so
+    that attention stays within each. Examples longer than a row are truncated."""
     lengths = [len(e.tokens) for e in examples]
     packed = pack_best_fit(lengths, seq_len)
     tokens = np.full((len(packed), seq_len), pad, np.int32)
@@ -798,11 +797,11 @@ def pack(examples: Sequence[Example], seq_len: int, seed: int = 0, pad: int = 0)
     for r, row in enumerate(packed):
         end = 0
         for s, i in enumerate(row):
-            here = slice(end, end + min(lengths[i], seq_len))
-            tokens[r, here] = examples[i].tokens[:seq_len]
-            labels[r, here] = examples[i].labels[:seq_len]
-            segments[r, here] = s
-            end = here.stop
+            columns = slice(end, end + min(lengths[i], seq_len))
+            tokens[r, columns] = examples[i].tokens[:seq_len]
+            labels[r, columns] = examples[i].labels[:seq_len]
+            segments[r, columns] = s
+            end = columns.stop
     return Rows(tokens, labels, segments, seed)
 
 
@@ -816,9 +815,10 @@ def generate_replies(model, tokenizer: Tokenizer, template: str,
 
     images: for each conversation a tensor of its image, as model.generate takes it, or None.
     Old rounds are dropped if a prompt is too long; a question that fills the context by itself
-    gets an empty reply. Prompts of similar length are batched together.
+    gets an empty reply. Prompts of similar length are batched together. Only eos stops a row; text
+    after a template's other end is cut off.
     """
-    limit = model.config.max_seq_len  # not the window of training: the exam may go beyond it
+    limit = model.config.max_seq_len  # may exceed the length it was trained on
     room = limit - min(max_new_tokens, limit // 2)
     prompts = [fit_prompt(c, template, tokenizer, room)[0] for c in conversations]
     replies, ended = [""] * len(prompts), [False] * len(prompts)
@@ -834,7 +834,7 @@ def generate_replies(model, tokenizer: Tokenizer, template: str,
             images=torch.cat(shown) if shown else None, **sampling))  # ids (steps, group)
         for i, ids in zip(group, zip(*steps)):
             replies[i], ended[i] = decode_reply(ids, template, tokenizer)
-        waiting = waiting[len(group):]
+        waiting = waiting[len(group):]  # shortest first, so the group came first
     return replies, ended
 
 
@@ -884,7 +884,7 @@ def show(cfg: ShowConfig) -> dict:
         total += len(example.tokens)
         supervised += n_supervised(example)
     print(f"\n{len(conversations)} conversations in {cfg.file}{report}")
-    return dict(conversations=len(conversations), tokens=total, supervised=supervised, **report)
+    return dict(conversations=len(chosen), tokens=total, supervised=supervised, **report)
 
 
 def n_supervised(example: Example) -> int:
@@ -892,7 +892,8 @@ def n_supervised(example: Example) -> int:
 
 
 def token_counts(c: Conversation, example: Example, template: str, tokenizer: Tokenizer) -> str:
-    """Token counts by source. bos and the template's own text count as the user's."""
+    """Token counts by source. bos and the template's text count as the user's, the end of a reply
+    as the assistant's."""
     without_system = render(replace(c, system=""), template, tokenizer)
     total, assistant = len(example.tokens), n_supervised(example)
     system = total - len(without_system.tokens)
@@ -903,7 +904,8 @@ def token_counts(c: Conversation, example: Example, template: str, tokenizer: To
 
 
 def highlight(example: Example, tokenizer: Tokenizer, losses: np.ndarray | None) -> str:
-    """The text of an example with its supervised parts marked, each token followed by its loss."""
+    """The text of an example with its supervised parts marked. With losses, each supervised token
+    is followed by its own."""
     on, off = ("\033[92m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     out = []
     for begin, end, supervised in runs(example.labels):
@@ -937,14 +939,14 @@ def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         return i not in (IMAGE_SLOT, tokenizer.unk) and not tokenizer.sp.is_control(i)
 
     out = []
-    for text, group in itertools.groupby(ids, is_text):
+    for readable, group in itertools.groupby(ids, is_text):
         group = list(group)
-        if text:
+        if readable:
             out.append(tokenizer.decode(group, continues=True))
-        elif IMAGE_SLOT in group:
-            out.append(f"<{len(group)} image slots>")
-        else:
-            out += [tokenizer.sp.id_to_piece(i) for i in group]
+            continue
+        if IMAGE_SLOT in group:
+            out.append(f"<{group.count(IMAGE_SLOT)} image slots>")
+        out += [tokenizer.sp.id_to_piece(i) for i in group if i != IMAGE_SLOT]
     return "".join(out)
 
 
@@ -952,7 +954,7 @@ def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 class StatsConfig:
     file: str  # ShareGPT or Alpaca
     tokenizer: str = "out/base"  # checkpoint folder or tokenizer.model
-    template: str = ""  # alpaca for Alpaca files, else vicuna_v1.1
+    template: str = ""  # default: alpaca for Alpaca files, vicuna_v1.1 for others
 
 
 def stats(cfg: StatsConfig) -> dict:

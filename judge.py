@@ -1,5 +1,5 @@
 """Vicuna's evaluation: models answer 80 questions, a judge compares their answers in pairs, and a
-report says which one answers better.
+report says which model answers better.
 
     python judge.py                   # toy world: vicuna, alpaca, base, noisy oracle, oracle
     python judge.py --judge=first     # a judge that prefers the first answer: the report detects it
@@ -9,26 +9,23 @@ report says which one answers better.
     python judge.py report FOLDER          # a report of review files in the published format
 
 The first of the --players is compared with every other one. The last one is the baseline: every
-other player is compared with it, too. Every reply is saved in --out as soon as it arrives, and the
-same command resumes.
+other player is compared with it, too. Every reply is saved in --out as soon as it arrives; rerun
+the same command to resume.
 
 References: Vicuna's blog post (March 2023) for questions, prompts and totals; Zheng et al. 2023,
 Judging LLM-as-a-Judge (arXiv 2306.05685) for both orders, reference answers, biases and agreement.
 """
 
 import getpass
-import hashlib
 import itertools
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-from tqdm import tqdm
 
 import data
 from tools import teacher
@@ -44,7 +41,7 @@ REFERENCED = ("coding", "math", "reasoning")  # the judge sees the reference ans
 @dataclass
 class JudgeConfig:
     questions: str = "toy"  # toy, or a file in Vicuna's or MT-bench's format
-    players: str = "out/vicuna,out/alpaca,out/base,noisy,oracle"  # also MODEL@URL and answer files
+    players: str = "out/vicuna,out/alpaca,out/base,noisy,oracle"  # or MODEL@URL, answer files
     judge: str = "oracle"  # oracle, MODEL@URL, a checkpoint; or biased: first, longer
     swap: bool = True  # judge each pair in both orders
     prompts: str = ""  # a file in the published format; assets/prompts.jsonl by default
@@ -62,7 +59,7 @@ class JudgeConfig:
 
 @dataclass
 class Question:
-    id: int
+    id: int | str
     category: str
     turns: list[str]
     reference: list[str] = field(default_factory=list)  # one for each turn, "" for none
@@ -70,7 +67,7 @@ class Question:
     image: str = ""  # file of the picture that the question is about
 
     def grade(self, reply: str) -> float | None:
-        """How much of the true answer the last reply contains, 0 to 1; None if it is not known."""
+        """The fraction of the true answer in the last reply; None if the truth is unknown."""
         if not self.truths:
             return None
         from toy import world
@@ -85,7 +82,8 @@ def load_questions(where: str, seed: int = 0) -> list[Question]:
     for r in read_lines(where, "question_id", "questions"):
         turns = r.get("turns") or [r.get("text")]
         if not isinstance(turns, list) or not all(isinstance(text, str) for text in turns):
-            raise UserError(f"{where}: question {r['question_id']} has neither text nor turns")
+            raise UserError(f"{where}: question {r['question_id']} needs text, or turns: a list of "
+                            "strings")
         questions.append(Question(
             r["question_id"], r.get("category", "generic"), turns, r.get("reference") or [],
             image=r.get("image") or ""))
@@ -95,21 +93,22 @@ def load_questions(where: str, seed: int = 0) -> list[Question]:
 
 
 def toy_questions(seed: int = 0) -> list[Question]:
-    """80 questions in the published proportions, as far as the toy world has these categories.
+    """80 questions in the published proportions, as far as the toy world has these categories; the
+    rest are about scenes.
 
-    Questions about a scene have two turns; the first one tells a held-out scene. The others are
+    Questions about a scene have two turns; the first one describes a held-out scene. The others are
     about held-out facts and tasks.
     """
     from toy import world
     rng, n = random.Random(f"judge {seed}"), sum(CATEGORIES.values())
-    scenes = [world.converse(rng, "scenes", 2) for _ in range(15 * n)]
+    scenes = [world.converse(rng, "scenes", 2) for _ in range(15 * n)]  # enough of each kind
     scenes = [item for item in scenes if item.later]  # the last question needs the first turn
     items = scenes + world.test_set("facts", n, seed + 2)
     items += world.test_set("closed", 2 * n, seed + 2)
-    chosen: dict[str, tuple] = {}  # by the last question, so that none comes twice
+    chosen: dict[str, tuple] = {}  # by the last question, to avoid duplicates
 
-    def choose(items: list, categories: Iterable[str], quota: int) -> None:
-        for item in items:
+    def choose(candidates: list, categories: Iterable[str], quota: int) -> None:
+        for item in candidates:
             category, text = item.question.category, item.turns[-1][1]
             category = "generic" if category == "memory" else category
             if quota and category in categories and text not in chosen:
@@ -121,12 +120,15 @@ def toy_questions(seed: int = 0) -> list[Question]:
     choose(scenes, CATEGORIES, n - len(chosen))
     questions = []
     for i, (category, item) in enumerate(chosen.values(), 1):
-        asked = [text for _, text in item.turns[::2]]
+        turns = [text for _, text in item.turns[::2]]
         replies = [text for _, text in item.turns[1::2]]
-        truths = [world.Question("", "", q, reply, reply, {}) for q, reply in zip(asked, replies)]
+        truths = []
+        for text, reply in zip(turns, replies):
+            truths.append(world.Question(kind="", category="", text=text, short=reply, full=reply,
+                                         truth={}))
         truths.append(item.question)
-        reference = [q.full for q in truths] if category in REFERENCED else []
-        questions.append(Question(i, category, asked, reference, truths))
+        reference = [truth.full for truth in truths] if category in REFERENCED else []
+        questions.append(Question(i, category, turns, reference, truths))
     return questions
 
 
@@ -148,63 +150,11 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:22]
-
-
-def reply_key(model, c: data.Conversation, settings: list) -> str:
-    """A digest of all that a reply depends on: the model, its settings, the text."""
-    return digest(model.name, settings, c.system, c.turns, c.extra.get("image"))
-
-
-class ReplyCache:
-    """Every reply received so far, in an append-only file."""
-
-    def __init__(self, path: Path):
-        self.path, self.replies = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.split("\n"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # empty, or truncated when the machine stopped
-                continue
-            key = record.pop("key")
-            self.replies[key] = teacher.Reply(**record)
-
-    def ask(self, model, conversations: Sequence[data.Conversation], settings: list,
-            name: str) -> list[teacher.Reply | None]:
-        """The reply to each conversation, from the file or from the model."""
-        keys = [reply_key(model, c, settings) for c in conversations]
-        missing = {key: c for key, c in zip(keys, conversations) if key not in self.replies}
-        waiting = list(missing)
-
-        def keep(n: int, reply: teacher.Reply) -> None:
-            self.replies[waiting[n]] = reply
-            line = json.dumps(dict(key=waiting[n], **reply._asdict()), ensure_ascii=False)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("\n" + line)  # newline first: the last line may be truncated
-            bar.update()
-
-        with tqdm(total=len(waiting), desc=name, leave=False) as bar:
-            model(list(missing.values()), keep)
-        print_tokens(name, [self.replies[key] for key in waiting if key in self.replies])
-        return [self.replies.get(key) for key in keys]
-
-
-def print_tokens(name: str, replies: list[teacher.Reply]) -> None:
-    """The tokens that a server counted and charges for."""
-    read = sum(reply.prompt_tokens for reply in replies)
-    written = sum(reply.completion_tokens for reply in replies)
-    if read:
-        print(f"{name}: {read} prompt tokens, {written} completion tokens")
-
-
 # -- answers --------------------------------------------------------------------------------------
 
-def answer(player, questions: list[Question], cache: ReplyCache, settings: list,
+def answer(player, questions: list[Question], cache: teacher.ReplyCache, settings: list,
            name: str) -> list[dict]:
-    """The player's answers, as records that are in both Vicuna's and MT-bench's format."""
+    """The player's answers, as records valid in both Vicuna's and MT-bench's format."""
     replies: dict[int, list[teacher.Reply]] = {q.id: [] for q in questions}
     for turn in range(max(len(q.turns) for q in questions)):
         asked = [q for q in questions if turn < len(q.turns)]
@@ -212,14 +162,14 @@ def answer(player, questions: list[Question], cache: ReplyCache, settings: list,
         missing = [q.id for q, reply in zip(asked, got) if reply is None]
         if missing:
             raise UserError(f"{name}: no answer to question {listing(missing)} ({player.why}); the "
-                            "other answers are saved, and the same command asks again")
+                            "others are saved: rerun the same command to retry")
         for q, reply in zip(asked, got):
             replies[q.id].append(reply)
     records = []
     for q in questions:
         said, last = [reply.text for reply in replies[q.id]], replies[q.id][-1]
         records.append(dict(
-            answer_id=digest(player.name, settings, q.id, said), question_id=q.id,
+            answer_id=teacher.digest(player.name, settings, q.id, said), question_id=q.id,
             model_id=player.name, text=last.text, choices=[dict(index=0, turns=said)],
             metadata=dict(ended=last.ended, grade=q.grade(last.text))))
     return records
@@ -236,7 +186,8 @@ def player_prompt(q: Question, replies: list[teacher.Reply]) -> data.Conversatio
 
 
 def read_answers(path, questions: list[Question]) -> list[dict]:
-    """An answer file of any origin. Raises UserError unless it answers each question once."""
+    """Reads an answer file, ours or anyone's. Raises UserError unless it answers each question
+    once."""
     answers = {r["question_id"]: r for r in read_lines(path, "question_id", "answers")}
     wrong = answers.keys() ^ {q.id for q in questions}
     if wrong:
@@ -247,7 +198,7 @@ def read_answers(path, questions: list[Question]) -> list[dict]:
         if len(said) != len(q.turns) or None in said:
             raise UserError(f"{path}: the answer to question {q.id} must have {len(q.turns)} "
                             "turns, each a string")
-        record.setdefault("answer_id", digest(str(path), q.id, said))
+        record.setdefault("answer_id", teacher.digest(str(path), q.id, said))
         record["metadata"] = dict(record.get("metadata") or {}, grade=q.grade(said[-1]))
     return [answers[q.id] for q in questions]
 
@@ -317,9 +268,10 @@ def read_scores(text: str) -> tuple[float, float] | None:
         found = {read_pair(lines[0]), read_pair(lines[-1])} - {None}
     else:
         found = other_scores(lines)
-    if len(found) != 1 or not all(0 <= score <= 10 for score in min(found)):
+    if len(found) != 1:
         return None
-    return found.pop()
+    scores = found.pop()
+    return scores if all(0 <= score <= 10 for score in scores) else None
 
 
 def other_scores(lines: list[str]) -> set[tuple[float, float]]:
@@ -351,7 +303,7 @@ def numbers(match: re.Match) -> tuple[float, float]:
 # -- reviews --------------------------------------------------------------------------------------
 
 def review_files(folder: Path, a: str, b: str) -> list[Path]:
-    """The review files of a pair: with a's answers shown first, and with b's."""
+    """The two review files of a pair: with a's answers first, and with b's."""
     return [folder / f"review_{a}_{b}.jsonl", folder / "swapped" / f"review_{b}_{a}.jsonl"]
 
 
@@ -361,25 +313,25 @@ def names_of(path: Path) -> list[str]:
 
 
 def review(judge, path: Path, answers: dict[str, list[dict]], questions: list[Question],
-           prompts: dict, cache: ReplyCache) -> None:
+           prompts: dict, cache: teacher.ReplyCache) -> None:
     """Writes a review file. Its name says whose answers are shown first."""
     first, second = (answers[name] for name in names_of(path))
-    asked = [judge_prompt(q, a, b, prompts) for q, a, b in zip(questions, first, second)]
-    replies = cache.ask(judge, asked, [], path.stem)
-    # Scores in the file, which a person may have added, take precedence.
+    prompts = [judge_prompt(q, a, b, prompts) for q, a, b in zip(questions, first, second)]
+    replies = cache.ask(judge, prompts, [], path.stem)
+    # Scores in the file take precedence: a person may have added or corrected them.
     stored = {r.get("review_id"): two_scores(r.get("score")) for r in read_reviews(path)}
     records = []
-    for q, a, b, request, reply in zip(questions, first, second, asked, replies):
-        key = reply_key(judge, request, [])
-        text = reply.text if reply else "error"
+    for q, a, b, prompt, reply in zip(questions, first, second, prompts, replies):
+        key = teacher.reply_key(judge, prompt, [])
+        text = reply.text if reply else "error"  # as FastChat writes it
         score = stored.get(key) or read_scores(text) or (-1, -1)
         records.append(dict(
             review_id=key, question_id=q.id, answer1_id=a["answer_id"], answer2_id=b["answer_id"],
             text=text, score=score, reviewer_id=judge.name, metadata={}))
     write_lines(path, records)
     if None in replies:
-        print(f"{path}: {replies.count(None)} reviews failed ({judge.why}); the same command asks "
-              "for them again")
+        print(f"{path}: {replies.count(None)} reviews failed ({judge.why}); rerun the same command "
+              "to retry")
 
 
 def read_reviews(path: Path) -> list[dict]:
@@ -427,16 +379,17 @@ class RateConfig:
 
 def rate(cfg: RateConfig) -> dict:
     """Asks a person which answer is better. Questions and sides are shuffled, names are hidden."""
-    out, names = Path(cfg.out), [cfg.a, cfg.b]
+    out, names = Path(cfg.out), sorted([cfg.a, cfg.b])
     if cfg.a == cfg.b:
-        raise UserError(f"{cfg.a} and {cfg.b} are the same player: give two")
+        raise UserError(f"give two different players, not {cfg.a} twice")
     questions = load_questions(str(out / "question.jsonl"))
     answers = [read_answers(out / "answer" / f"answer_{name}.jsonl", questions) for name in names]
     rater = cfg.rater or getpass.getuser()
     path = out / "rating" / f"{rater}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    ratings, rated = read_ratings(path.parent), 0
-    rng = random.Random(f"{rater} {sorted(names)}")
+    ratings = read_ratings(path.parent)
+    rated = 0
+    rng = random.Random(f"{rater} {names}")
     for n in rng.sample(range(len(questions)), len(questions)):
         q, sides = questions[n], rng.sample((0, 1), 2)
         ids = [answers[side][n]["answer_id"] for side in sides]
@@ -445,9 +398,10 @@ def rate(cfg: RateConfig) -> dict:
         print(f"\n{'-' * 80}\n{in_turns(q.turns)}")
         for number, side in enumerate(sides, 1):
             print(f"\n--- answer {number}\n{in_turns(said_in(answers[side][n]))}")
+        what = "last answer" if len(q.turns) > 1 else "answer"  # the judge is told the same
         choice = ""
         while choice not in ("1", "2", "t", "q"):
-            choice = input("\nBetter answer? [1 / 2 / t = tie / q = quit] ").strip().lower()
+            choice = input(f"\nBetter {what}? [1 / 2 / t = tie / q = quit] ").strip().lower()
         if choice == "q":
             break
         winner = "tie" if choice == "t" else names[sides[int(choice) - 1]]
@@ -473,11 +427,12 @@ def read_ratings(folder: Path) -> dict[frozenset, dict[str, str]]:
 
 def report(files: Iterable[list[Path]], out: Path, questions: list[Question],
            answers: Iterable[dict], judge: str = "") -> dict:
-    """The report of review files. `files` has for each pair a list: its review file, and the one
-    in the other order if there is one."""
+    """The report of review files. `files` has a list for each pair: one file, or two if both orders
+    were judged."""
     categories = {q.id: q.category for q in questions}
     by_id = {r["answer_id"]: r for r in answers if r.get("answer_id")}
-    ratings, pairs = read_ratings(out / "rating"), []
+    ratings = read_ratings(out / "rating")
+    pairs = []
     for paths in files:
         orders = [parse_reviews(path) for path in paths]
         pairs.append(compare(*names_of(paths[0]), orders, categories, by_id, ratings))
@@ -498,10 +453,12 @@ def report_files(cfg: ReportConfig) -> dict:
             files.append([file for file in both if file.exists()])
     if not files:
         raise UserError(f"no review_A_B.jsonl in {folder}")
-    questions, answers = load_questions(str(folder / "question.jsonl")), []
+    questions = load_questions(str(folder / "question.jsonl"))
+    answers = []
     for path in sorted((folder / "answer").glob("*.jsonl")):
         answers += read_lines(path, "question_id", "answers")
-    return report(files, folder, questions, answers)
+    judges = {str(r.get("reviewer_id", "")) for paths in files for r in read_reviews(paths[0])}
+    return report(files, folder, questions, answers, ", ".join(sorted(judges)))
 
 
 # -- python judge.py ------------------------------------------------------------------------------
@@ -515,27 +472,27 @@ def main(cfg: JudgeConfig) -> dict:
     write_lines(out / "question.jsonl", [
         dict(question_id=q.id, category=q.category, turns=q.turns, text=q.turns[-1],
              reference=q.reference, image=q.image) for q in questions])
-    cache = ReplyCache(out / "replies.jsonl")
+    cache = teacher.ReplyCache(out / "replies.jsonl")
     answers = {name: get_answers(name, spec, questions, cache, cfg)
                for name, spec in players.items()}
-    model, *others, baseline = players
+    first, *others, baseline = players
     # (a, b): the report gives b's total in percent of a's
-    pairs = [(name, model) for name in (*others, baseline)]
+    pairs = [(name, first) for name in (*others, baseline)]
     pairs += [(baseline, name) for name in others]
     files = [review_files(out / "review", a, b) for a, b in pairs]
     if not cfg.swap:
         files = [paths[:1] for paths in files]
-    reviews = len(questions) * sum(map(len, files))
-    print(f"{model} against each other player, and each against {baseline}: {reviews} reviews by "
-          f"{judge.name}")
+    n_reviews = len(questions) * sum(map(len, files))
+    print(f"{first} against every other player, and every player against {baseline}: {n_reviews} "
+          f"reviews by {judge.name}")
     for path in itertools.chain(*files):
         review(judge, path, answers, questions, prompts, cache)
     return report(files, out, questions, itertools.chain(*answers.values()), judge.name)
 
 
 def name_players(players: str) -> dict[str, str]:
-    """name -> spec. The name is the end of a path or a server's model; if two players would have
-    the same one, all names are the whole specs."""
+    """name -> spec. A player is named after the end of its path, or its server's model; if two
+    names are equal, all players are named after their whole specs."""
     specs = [spec.strip() for spec in players.split(",") if spec.strip()]
     names = [spec.split("@http")[0].rstrip("/").split("/")[-1] for spec in specs]
     names = [name.removesuffix(".jsonl").removeprefix("answer_") for name in names]
@@ -550,26 +507,24 @@ def name_players(players: str) -> dict[str, str]:
 
 def check_options(cfg: JudgeConfig, specs: list[str]) -> None:
     """Raises UserError for players that cannot play, and for options that would have no effect."""
-    players = {teacher.kind(spec) for spec in specs if not spec.endswith(".jsonl")}
-    judge = teacher.kind(cfg.judge)
-    asked = players | {judge}
+    player_kinds = {teacher.kind(spec) for spec in specs if not spec.endswith(".jsonl")}
+    kinds = player_kinds | {teacher.kind(cfg.judge)}
     for spec in (*specs, cfg.judge):
         if spec in teacher.TOYS and cfg.questions != "toy":
-            raise UserError(f"{spec} works only with --questions=toy: give other --players and "
-                            "--judge")
+            raise UserError(f"{spec} works only with --questions=toy: change --players or --judge")
     if {"first", "longer"} & set(specs) or cfg.judge == "noisy":
-        raise UserError("first and longer are judges, noisy is a player")
+        raise UserError("first and longer can only judge, noisy can only answer")
     unused = [
         (cfg.questions != "toy", ["seed"], "the questions come from a file"),
-        (players <= {"toy"}, ["temperature", "max_new_tokens"], "no player is a model"),
-        ("checkpoint" not in asked, ["quantize"], "neither a player nor the judge is a checkpoint"),
+        (player_kinds <= {"toy"}, ["temperature", "max_new_tokens"], "no player is a model"),
+        ("checkpoint" not in kinds, ["quantize"], "neither a player nor the judge is a checkpoint"),
     ]
     for is_unused, names, why in unused:
         if is_unused:
             refuse_unused(cfg, names, why)
 
 
-def get_answers(name: str, spec: str, questions: list[Question], cache: ReplyCache,
+def get_answers(name: str, spec: str, questions: list[Question], cache: teacher.ReplyCache,
                 cfg: JudgeConfig) -> list[dict]:
     """One player's answers, from its file or from the player itself."""
     if spec.endswith(".jsonl"):

@@ -9,7 +9,7 @@ Letters in the shape comments: B batch, T query positions, S key positions (cach
 dimension, H heads, K key/value heads, D head dimension, V vocabulary, N supervised positions,
 M image vectors.
 The state_dict has Meta's keys: the published 7B file fits as it is, except for its rope.freqs.
-X_textbook is the plain form of X, and the tests require that both give the same.
+X_textbook is the plain form of X; the tests check that they agree.
 """
 
 import math
@@ -88,7 +88,8 @@ class RMSNorm(nn.Module):
 
 def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0,
                scaling: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE [2] eq. 15: at position t, pair i = 0, 1, ... is rotated by t / scaling / theta^(2i/D).
+    """RoPE [2] eq. 15: at position t, pair i = 0, 1, ... is rotated by the angle
+    (t / scaling) theta^(-2i/D).
 
     Returns cos and sin of the angles, each (seq_len, D/2).
     """
@@ -102,8 +103,8 @@ def rope_table(seq_len: int, head_dim: int, theta: float = 10000.0,
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE [2] eq. 34: rotates each pair of neighbors (x[2i], x[2i+1]) by its angle.
 
-    Queries and keys are rotated, values are not, so q . k depends on the distance between two
-    tokens, not on where they are. (Hugging Face pairs x[i] with x[i + D/2], so tools/convert.py
+    Only queries and keys are rotated. Their dot product then depends on position only through the
+    distance between the two tokens. (Hugging Face pairs x[i] with x[i + D/2], so tools/convert.py
     permutes the rows of its wq and wk.)
 
     x (B, T, H, D); cos, sin (T, D/2), or (B, T, D/2) if every row has its own positions.
@@ -123,7 +124,8 @@ def causal_mask(T: int, S: int, device) -> torch.Tensor:
 
 def attention_textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                        mask: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, over the positions where the mask is True."""
+    """softmax(q k^T / sqrt(D)) v, over the positions where the mask (T, S) is True. q (B, H, T, D);
+    k, v (B, H, S, D)."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, S)
     scores = scores.masked_fill(~mask, float("-inf"))
     return scores.float().softmax(dim=-1).type_as(v) @ v
@@ -131,7 +133,8 @@ def attention_textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               mask: torch.Tensor | None = None, fused: bool = True) -> torch.Tensor:
-    """Attention of q (B, H, T, D) to k, v (B, K, S, D) -> (B, H, T, D), fused or by hand.
+    """Attention of q (B, H, T, D) to k, v (B, K, S, D) -> (B, H, T, D), with PyTorch's fused
+    kernel or by attention_textbook.
 
     The mask is broadcast to (B, H, T, S) and True where a query may attend; None is causal.
     """
@@ -150,21 +153,20 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 class KVCache:
     """Preallocated keys and values of all layers, of which the first `length` positions are filled.
 
-    Attention is causal: later tokens do not change the keys and values of a token, so they are
-    computed once. truncate(n) keeps the first n positions, when the next prompt begins like this
-    one.
+    Attention is causal, so a token's keys and values never change and are computed once.
+    truncate(n) drops all but the first n positions, to reuse a prefix that the next prompt shares.
 
-    padding (B,): the number of padding positions at the left of each row, or None.
+    n_pad (B,): the number of padding positions at the left of each row, or None.
     """
 
     def __init__(self, config: LLaMAConfig, batch: int = 1, max_len: int | None = None,
-                 dtype=torch.float32, device="cpu", padding: torch.Tensor | None = None):
+                 dtype=torch.float32, device="cpu", n_pad: torch.Tensor | None = None):
         self.max_len = max_len or config.max_seq_len
         shape = (config.n_layers, batch, config.n_kv_heads, self.max_len, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0  # advanced by LLaMA.hidden, after the last layer
-        self.padding = padding
+        self.n_pad = n_pad
 
     def update(self, layer: int, k: torch.Tensor,
                v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +221,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + f(norm(x)), twice. The residual stream x (B, T, C) itself is
-    never normalized."""
+    not normalized within a block."""
 
     def __init__(self, config: LLaMAConfig):
         super().__init__()
@@ -261,6 +263,7 @@ class LLaMA(nn.Module):
         return rope_table(c.max_seq_len, c.head_dim, c.rope_theta, c.rope_scaling)
 
     def tie(self) -> None:
+        """To be called again after weights are loaded with assign=True, which unties them."""
         if self.config.tied:
             self.output.weight = self.tok_embeddings.weight
 
@@ -298,7 +301,7 @@ class LLaMA(nn.Module):
         n_vectors = 0 if images is None else len(images)
         if n_slots != n_vectors:
             raise UserError(f"{n_slots} image slots in the text, but {n_vectors} image vectors")
-        if images is not None:  # also if M is 0: under FSDP every rank must use the projection
+        if images is not None:  # even if M is 0: under FSDP, all ranks must use the projection
             if images.shape[1:] != x.shape[2:]:
                 shape = tuple(images.shape)
                 raise UserError(f"image vectors {shape} do not fit a model of dim {x.shape[-1]}")
@@ -316,10 +319,10 @@ class LLaMA(nn.Module):
             raise UserError(f"{past + T} tokens exceed the context of {limit}")
         x = self.embed(tokens, images)
         if torch.is_autocast_enabled(x.device.type):
-            # Autocast leaves embeddings in fp32, FSDP's mixed precision casts them. Cast here, too.
+            # Autocast does not cast embeddings, but FSDP does. Cast here, so that both agree.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        padding = None if cache is None else cache.padding
-        positions, mask = positions_and_mask(T, past, segments, padding, x.device)
+        n_pad = None if cache is None else cache.n_pad
+        positions, mask = positions_and_mask(T, past, segments, n_pad, x.device)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training and cache is None:
@@ -340,8 +343,8 @@ class LLaMA(nn.Module):
                 last_only: bool = False) -> torch.Tensor:
         """tokens (B, T) -> logits (B, T, V), or (B, 1, V) with last_only.
 
-        images (M, C) fill the image slots in order. segments (B, T) is the number of the packed
-        conversation that each token belongs to: attention and positions stay within it.
+        images (M, C) fill the image slots in order. segments (B, T) is the index of the packed
+        document or conversation that each token belongs to: attention and positions stay within it.
         """
         x = self.hidden(tokens, images, segments, cache)
         if last_only:
@@ -352,7 +355,7 @@ class LLaMA(nn.Module):
 
     def nll_textbook(self, tokens: torch.Tensor, labels: torch.Tensor, images=None,
                      segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss as a textbook would write it. `nll` takes less memory and work."""
+        """The same loss as `nll`, written plainly. `nll` needs less memory and compute."""
         logits = self(tokens, images, segments)[:, :-1]  # position t predicts token t + 1
         targets = shift_labels(labels, segments)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
@@ -361,8 +364,8 @@ class LLaMA(nn.Module):
 
     def nll(self, tokens: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None = None,
             segments: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of -log p over the supervised tokens, and their count. The caller divides, since
-        the count must include all micro-batches and processes.
+        """The sum of -log p over the supervised tokens, and their count. The caller divides by the
+        count over all micro-batches and processes.
 
         labels (B, T) align with tokens and are IGNORE where nothing is supervised; the shift by
         one happens here. Logits are computed at supervised positions only, and in chunks.
@@ -377,13 +380,13 @@ class LLaMA(nn.Module):
         n_padded = 128 * max(1, math.ceil(len(x) / 128))
         x = F.pad(x, (0, 0, 0, n_padded - len(x)))
         targets = F.pad(targets, (0, n_padded - len(targets)), value=IGNORE)
-        # With a large vocabulary the logits dominate memory. Compute about 2^25 of them at a time,
-        # and recompute them in the backward pass.
-        chunk = max(128, 2 ** 25 // self.config.vocab_size // 128 * 128)  # in rows
-        if len(x) <= chunk:
+        # With a large vocabulary the logits dominate memory. Compute about 2^25 of them (128 MiB)
+        # at a time; if that takes several chunks, recompute each in the backward pass.
+        chunk_rows = max(128, 2 ** 25 // self.config.vocab_size // 128 * 128)
+        if len(x) <= chunk_rows:
             return self._chunk_nll(x, targets), count
         loss = 0.0
-        for x_part, targets_part in zip(x.split(chunk), targets.split(chunk)):
+        for x_part, targets_part in zip(x.split(chunk_rows), targets.split(chunk_rows)):
             loss = loss + checkpoint(self._chunk_nll, x_part, targets_part, use_reentrant=False)
         return loss, count
 
@@ -397,9 +400,10 @@ class LLaMA(nn.Module):
     def generate_textbook(self, prompt: Sequence[int], max_new_tokens: int,
                           stop: int = 2) -> Iterator[int]:
         """Greedy decoding of one prompt: prefill, then one token at a time."""
-        cache = self.new_cache([prompt], self.config.max_seq_len)
+        limit = self.config.max_seq_len
+        cache = self.new_cache([prompt], limit)
         tokens = torch.tensor([list(prompt)], device=self.tok_embeddings.weight.device)
-        for _ in range(max_new_tokens):
+        for _ in range(min(max_new_tokens, limit - len(prompt))):
             logits = self(tokens, cache=cache, last_only=True)  # (1, 1, V)
             token = logits[0, -1].argmax()
             yield int(token)
@@ -418,7 +422,8 @@ class LLaMA(nn.Module):
 
         `stop` is yielded, too; a finished row keeps yielding it. Temperature 0 is greedy; top_k 0
         and top_p 1 are off. With `cache` (one prompt only), the tokens it holds must be a prefix of
-        the prompt and are not recomputed; `images` are then those of the new tokens.
+        the prompt. Only the rest, at least the last token, is processed; `images` are those of the
+        rest.
         """
         device = self.tok_embeddings.weight.device
         longest = max(map(len, prompts))
@@ -441,14 +446,14 @@ class LLaMA(nn.Module):
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits = self(tokens, images, cache=cache, last_only=True)[:, -1].float()  # (B, V)
-            new = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-            ids = torch.where(done, stop, new)
-            done = done | (ids == stop)
-            yield ids.tolist()
+            sampled = sample(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
+            new = torch.where(done, stop, sampled)
+            done = done | (new == stop)
+            yield new.tolist()
             if done.all():
                 return
-            seen.scatter_(1, ids[:, None], True)
-            tokens, images = ids[:, None], None  # images belong to the prompts
+            seen.scatter_(1, new[:, None], True)
+            tokens, images = new[:, None], None  # images belong to the prompts
 
     def new_cache(self, prompts: Sequence[Sequence[int]], max_len: int) -> KVCache:
         """An empty cache for these prompts; those of unequal length are padded on the left."""
@@ -456,8 +461,8 @@ class LLaMA(nn.Module):
         dtype = next(self.layers.parameters()).dtype
         longest = max(map(len, prompts))
         n_pad = [longest - len(p) for p in prompts]
-        padding = torch.tensor(n_pad, device=device) if any(n_pad) else None
-        return KVCache(self.config, len(prompts), max_len, dtype, device, padding)
+        n_pad = torch.tensor(n_pad, device=device) if any(n_pad) else None
+        return KVCache(self.config, len(prompts), max_len, dtype, device, n_pad)
 
 
 # -- targets, positions, masks --------------------------------------------------------------------
@@ -480,14 +485,14 @@ def count_targets(labels: torch.Tensor, segments: torch.Tensor | None) -> int:
 
 
 def positions_and_mask(T: int, past: int, segments: torch.Tensor | None,
-                       padding: torch.Tensor | None, device) -> tuple:
+                       n_pad: torch.Tensor | None, device) -> tuple:
     """The position of each token, (T,) or (B, T), and the attention mask (B, 1, T, S), or None for
     plain causal attention."""
-    if segments is not None and (segments != segments[:, :1]).any():  # several in some row
-        assert past == 0 and padding is None, "packed rows are for training, without a cache"
+    if segments is not None and (segments != segments[:, :1]).any():  # a row holds several
+        assert past == 0 and n_pad is None, "packed rows are for training, without a cache"
         return packed_positions_and_mask(segments)
-    if padding is not None:
-        return padded_positions_and_mask(T, past, padding)
+    if n_pad is not None:
+        return padded_positions_and_mask(T, past, n_pad)
     return torch.arange(past, past + T, device=device), None
 
 
@@ -498,20 +503,20 @@ def packed_positions_and_mask(segments: torch.Tensor) -> tuple:
     is_first = F.pad(is_first, (1, 0), value=True)  # True at the first token of each segment
     segment_start = torch.where(is_first, index, 0).cummax(dim=1).values
     same_segment = segments[:, :, None] == segments[:, None, :]
-    causal = index[:, None] >= index
-    return index - segment_start, (same_segment & causal)[:, None]
+    mask = same_segment & causal_mask(len(index), len(index), index.device)
+    return index - segment_start, mask[:, None]
 
 
-def padded_positions_and_mask(T: int, past: int, padding: torch.Tensor) -> tuple:
-    """For prompts that are padded on the left, padding (B,): positions start after the padding, and
-    no other token attends to it."""
-    q_pos = torch.arange(past, past + T, device=padding.device)
-    k_pos = torch.arange(past + T, device=padding.device)
-    causal = k_pos <= q_pos[:, None]  # (T, S)
-    not_padding = k_pos >= padding[:, None, None]  # (B, 1, S)
+def padded_positions_and_mask(T: int, past: int, n_pad: torch.Tensor) -> tuple:
+    """For left-padded prompts; n_pad (B,) counts each row's padding. Positions start at the first
+    real token, and no real token attends to padding."""
+    q_pos = torch.arange(past, past + T, device=n_pad.device)
+    k_pos = torch.arange(past + T, device=n_pad.device)
+    causal = causal_mask(T, past + T, n_pad.device)
+    not_padding = k_pos >= n_pad[:, None, None]  # (B, 1, S)
     itself = k_pos == q_pos[:, None]  # padding attends to itself: a fully masked row would be NaN
     mask = causal & (not_padding | itself)  # (B, T, S)
-    return (q_pos - padding[:, None]).clamp(min=0), mask[:, None]
+    return (q_pos - n_pad[:, None]).clamp(min=0), mask[:, None]
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -546,14 +551,15 @@ def init_for_retrieval(model: LLaMA) -> None:
 
     After "the star is red", a model completes a later "the star is" in two steps: an early layer
     lets each token see its predecessors, and a later layer attends to earlier tokens that have the
-    same predecessors. From a plain initialization, the toy model needs many more steps to find
+    same predecessors. From a plain initialization, the toy model needs many more steps to learn
     that (compare mimetic initialization, 2305.09828):
 
-    - Layer 0 attends to the current token and the few before it. Between random embeddings, a RoPE
-      score depends on distance only through a component that all tokens share. So embeddings get a
-      common mean (init_weights), and wq and wk map it onto the pairs that rotate fast.
+    - Layer 0 attends to the current token and the few before it. Unrelated random embeddings have
+      scores near zero at every distance; a component that all tokens share gives every pair the
+      same score, which RoPE makes decay with distance. So the embeddings get a common mean
+      (init_weights), and wq and wk map it onto the pairs that rotate fast.
     - Layer 0 adds what it attends to, times 0.33^2, to the residual stream: wo = wv^T, with an
-      orthogonal wv.
+      orthogonal wv. (With grouped queries, a projection of it, once per query head of a group.)
     - Later layers attend to identical tokens: wk = wq (in each group, that of its first query
       head). Both are doubled in the pairs that rotate slowly, whose scores hardly change with
       distance.
@@ -571,10 +577,12 @@ def init_for_retrieval(model: LLaMA) -> None:
     # After the norm, the common mean is 0.7 in every channel. This raises the score of a token with
     # itself by 5: each fast pair adds (0.7 * C * shift)^2 / sqrt(D).
     shift = math.sqrt(5 * math.sqrt(c.head_dim) / fast.sum()) / (0.7 * c.dim)
-    heads(first.wq)[:, 0::2] += shift * fast[:, None]
-    heads(first.wk)[:, 0::2] += shift * fast[:, None]
+    wq, wk = heads(first.wq), heads(first.wk)
+    wq[:, 0::2] += shift * fast[:, None]  # the first of each pair
+    wk[:, 0::2] += shift * fast[:, None]
     nn.init.orthogonal_(first.wv.weight, 0.33)
-    first.wo.weight.copy_(heads(first.wv).repeat_interleave(n_rep, 0).flatten(0, 1).T)
+    wv = heads(first.wv).repeat_interleave(n_rep, 0)  # (H, D, C)
+    first.wo.weight.copy_(wv.flatten(0, 1).T)
     for block in model.layers[1:]:
         wq, wk = heads(block.attention.wq), heads(block.attention.wk)
         wq *= 1 + slow.repeat_interleave(2)[:, None]
@@ -594,10 +602,10 @@ LORA_SCALE = 2.0  # alpha / r of [6], fixed here
 
 class LoRALinear(nn.Linear):
     """[6] eq. 3, scaled: W x + (alpha / r) B A x. A (r, in) is random and B (out, r) is zero, so
-    training starts at the base model."""
+    training starts from the base model."""
 
     def __init__(self, linear: nn.Linear, rank: int):
-        # The weight is shared: "meta" allocates nothing for it.
+        # The base's weight is reused: "meta" allocates no other.
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
         like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
@@ -619,8 +627,7 @@ def add_lora(model: LLaMA, rank: int) -> None:
 
 
 def merge_lora(weights: dict) -> tuple[dict, dict]:
-    """The state_dict of a model with adapters -> weights with the adapters merged into them, and
-    the adapters alone."""
+    """Splits the state_dict of a model with adapters into merged weights and the adapters alone."""
     adapters = {name: w for name, w in weights.items() if ".lora_" in name}
     merged = {name: w for name, w in weights.items() if name not in adapters}
     for name in adapters:

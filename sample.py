@@ -1,6 +1,6 @@
 """Chat with a model in the terminal.
 
-    python sample.py                                # out/vicuna, or what else is under out/
+    python sample.py                                # out/vicuna, or another run under out/
     python sample.py --ckpt=out/alpaca --temperature=0.7
     python sample.py --prompt="Who are you?"        # one answer, then exit
     cat questions.txt | python sample.py            # one message per line, answers on stdout
@@ -9,8 +9,8 @@
 
 In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
 an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
-long as the rows that the model was trained on. When it is full, old rounds are dropped (those with
-a picture last), which changes the prefix, so that most of the prompt is processed again.
+long as the model's training rows. When it is full, the oldest rounds are dropped (those with a
+picture last). That changes the prefix, so most of the prompt is processed again.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from tools.config import UserError, refuse_unused
 
 @dataclass
 class SampleConfig:
-    ckpt: str = ""  # checkpoint folder, ours or published; out/vicuna or the newest by default
+    ckpt: str = ""  # checkpoint folder, ours or published; see default_checkpoint
     prompt: str = ""  # answer this and exit
     image: str = ""  # picture for the first question
     template: str = ""  # the model's own by default
     max_new_tokens: int = 256  # longest answer, in tokens
-    temperature: float = 0.0  # 0: greedy, except that /retry samples at 0.7, as Vicuna's demo
+    temperature: float = 0.0  # 0: greedy, except that /retry samples at 0.7, as in Vicuna's demo
     top_k: int = 0  # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # nucleus sampling: from the smallest set that has this probability
-    repetition_penalty: float = 1.0  # above 1: penalize tokens that are in the context already
+    top_p: float = 1.0  # nucleus sampling: the smallest set of tokens with this total probability
+    repetition_penalty: float = 1.0  # above 1: penalize tokens already in the context
     seed: int = 0  # for sampling
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 above 1 B parameters
@@ -65,8 +65,8 @@ class Picture(NamedTuple):
 
 class Chat:
     """One conversation with a model. The KV cache holds the tokens in `cached`; a turn processes
-    only the rest of its prompt. A picture takes `n_queries` slots of the prompt, and in `cached`
-    each slot has its picture's number."""
+    only the rest of its prompt. A picture takes `n_queries` slots of the prompt; in `cached`, each
+    of them is minus the picture's number."""
 
     def __init__(self, net: torch.nn.Module, tokenizer: data.Tokenizer, template: str,
                  cfg: SampleConfig, window: int | None = None):
@@ -98,7 +98,7 @@ class Chat:
         return tokens
 
     def open_picture(self, path: str) -> Picture:
-        """Raises UserError if the model has no vision encoder, or the file is no picture."""
+        """Raises UserError if the model has no vision encoder, or the file is not a picture."""
         if not self.vlm:
             raise UserError("this model cannot see; `python train_vlm.py` trains one that can")
         vectors = self.vlm.encode_image(path)
@@ -127,7 +127,7 @@ class Chat:
             self.turns.pop()
             self.pending = self.pictures.pop() if picture else None
             raise
-        finally:  # finished or stopped
+        finally:  # finished or stopped; after an error, the question is gone
             if self.turns and self.turns[-1].role == "user":
                 self.turns.append(data.Turn("assistant", said))
 
@@ -158,7 +158,7 @@ class Chat:
             for (token,) in tokens:  # a batch of one
                 ids.append(token)
                 text, ended = self.text_of(ids, complete=False)
-                if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                if not text.endswith("\ufffd"):  # else the rest of a character is still to come
                     yield text[len(said):]
                     said = text
                 if ended or token == self.tokenizer.eos:
@@ -176,8 +176,9 @@ class Chat:
                           f"context {len(prompt) + len(ids)} of {self.window}")
 
     def mark_pictures(self, prompt: list[int]) -> tuple[list[Picture], list[int]]:
-        """The pictures that are still in the prompt, and the prompt with -n in each slot of picture
-        number n, so that different pictures do not match in the cache."""
+        """The pictures that are still in the prompt (the last ones: old rounds are dropped first),
+        and the prompt with -n in each slot of picture number n, so that different pictures do not
+        match in the cache."""
         n_slots = prompt.count(model.IMAGE_SLOT)
         if n_slots == 0:
             return [], list(prompt)
@@ -199,39 +200,42 @@ class Chat:
         return f"cut, because the context of {self.window} tokens is full"
 
     def undo(self) -> str:
-        """Removes the last question and its reply; returns the question."""
+        """Removes the last question and its reply; returns the question. Its picture is attached to
+        the next one, unless that has another."""
         if not self.turns:
             raise UserError("there is nothing to undo")
         question = self.turns[-2]
         del self.turns[-2:]
         if question.slots:
-            self.pending = self.pictures.pop()
+            picture = self.pictures.pop()
+            self.pending = self.pending or picture
         return question.text
 
     def retry(self) -> Iterator[str]:
         """Streams another reply to the last question."""
+        if not self.turns:
+            raise UserError("there is nothing to retry")
         last = self.turns[-2:]
-        pending = self.pending  # for the next question, not for the last one
+        next_picture, self.pending = self.pending, None  # it is not for the last question
         text = self.undo()
-        if not last[0].slots:
-            self.pending = None
         self.n_retries += 1
         try:
             yield from self.answer(text, self.n_retries)
         except UserError:  # keep the reply that was there
             self.turns += last
             if last[0].slots:
-                self.pictures.append(self.pending)
+                self.pictures.append(self.pending)  # answer() has put it back there
             raise
         finally:
-            self.pending = pending
+            self.pending = next_picture
 
     def reset(self) -> None:
         self.turns, self.system, self.pictures, self.pending = [], None, [], None
 
     def save(self, path: str) -> int:
-        """Saves as ShareGPT, with "images": [[round, file], ...]. Returns the number of rounds.
-        Those with an empty reply are skipped: a loader would truncate the chat there."""
+        """Saves the chat in ShareGPT format, with "images": [[round, file], ...]. Returns the
+        number of rounds. Those with an empty reply are skipped: a loader would truncate the chat
+        there."""
         paths = iter([str(Path(picture.path).resolve()) for picture in self.pictures])
         turns, images = [], []
         for question, reply in zip(self.turns[::2], self.turns[1::2]):
@@ -251,15 +255,18 @@ class Chat:
         """Loads the first conversation of a ShareGPT file."""
         conversation = data.load_conversations(path)[0]
         turns, pictures = conversation.turns, []
-        for n, image in conversation.extra.get("images", []):
-            pictures.append(self.open_picture(image))
-            turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
+        try:
+            for n, image in conversation.extra.get("images", []):
+                pictures.append(self.open_picture(image))
+                turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
+        except (ValueError, TypeError, IndexError):
+            raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
         self.turns, self.system = turns, conversation.system
         self.pictures, self.pending = pictures, None
 
 
 def default_checkpoint(out: Path = Path("out")) -> Path:
-    """out/vicuna, else out/alpaca, else the run that was written last, base models at the end."""
+    """out/vicuna, else out/alpaca, else the most recent run, base models last."""
     others = sorted(out.glob("*/"), key=lambda p: (p.name.endswith("base"), -p.stat().st_mtime))
     for folder in (out / "vicuna", out / "alpaca", *others):
         if (folder / "latest").exists():
@@ -309,7 +316,8 @@ def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
 
 def command(chat: Chat, line: str) -> None:
     """Runs a slash command."""
-    word, _, rest = line.partition(" ")
+    word, *arguments = line.split(maxsplit=1)
+    rest = "".join(arguments)
     if word == "/reset":
         chat.reset()
         print("(chat cleared)")
@@ -318,6 +326,8 @@ def command(chat: Chat, line: str) -> None:
         print("(the next question is about this picture)")
     elif word == "/undo":
         print(f"(removed: {chat.undo()})")
+        if chat.pending:
+            print("(the picture is attached to the next question)")
     elif word == "/retry":
         print_answer(chat, chat.retry())
     elif word == "/save" and rest:
@@ -328,7 +338,7 @@ def command(chat: Chat, line: str) -> None:
             print(("> " if turn.role == "user" else "") + turn.text)
     else:
         if word != "/help":
-            print(f"cannot run {line}; the commands are:", end=" ")
+            print(f"unknown command, or no FILE: {line}. Commands:", end=" ")
         print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
 
 
@@ -369,6 +379,8 @@ def main(cfg: SampleConfig) -> dict:
                 command(chat, line)
             elif line:
                 print_answer(chat, chat.answer(line))
+        except BrokenPipeError:  # as in `python sample.py < questions.txt | head`
+            break
         except (UserError, OSError) as error:
             print(f"({error})", file=sys.stderr)
     return dict(rounds=len(chat.turns) // 2, speed=chat.speed)

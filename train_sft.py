@@ -1,5 +1,5 @@
-"""The training loop, and the toy chain: a base model is pre-trained as LLaMA was, then fine-tuned
-twice, once into Alpaca (single-turn instructions, terse answers) and once into Vicuna
+"""The training loop, and the toy chain: a base model is pre-trained on plain documents, as LLaMA
+was, then fine-tuned twice: into Alpaca (single-turn instructions, terse answers) and into Vicuna
 (conversations, full answers).
 
     python train_sft.py                    # the toy chain: data, tokenizer, three models, a table
@@ -8,7 +8,7 @@ twice, once into Alpaca (single-turn instructions, terse answers) and once into 
     python train_sft.py --stage=sft --data=alpaca.json --init=out/base --out=out/mine
     torchrun --nproc_per_node=8 train_sft.py vicuna-7b --data=sharegpt.json --init=llama-7b
 
-Ctrl-C and SIGTERM save a checkpoint and stop; another is saved every few minutes. Run the same
+Ctrl-C and SIGTERM save a checkpoint and stop; one is also saved every --save_minutes. Run the same
 command again to resume.
 
 References: LLaMA (2302.13971) section 2.3 for the optimizer; Alpaca and Vicuna for the loss on
@@ -81,7 +81,7 @@ class SFTConfig:
     seed: int = 0  # of the data, the initialization, and the order of rows
     save_minutes: float = 5.0  # between checkpoints
     fast: bool = False  # toy chain: less data, fewer steps
-    full: bool = False  # toy chain: also trains two controls and tests every held-out split
+    full: bool = False  # toy chain: also train two controls, and test every held-out split
     resume: Literal["auto", "never"] = "auto"  # never: start again from the first step
     patience: float = 30.0  # torchrun: minutes after which a silent process counts as lost
 
@@ -154,9 +154,9 @@ def learning_rate(step: int, cfg: SFTConfig) -> float:
 
 @torch.no_grad()
 def muon_textbook(p: torch.Tensor, momentum: torch.Tensor, lr: float, weight_decay: float) -> None:
-    """One Muon step for one weight matrix: replaces its Nesterov momentum U S V^T by U V^T. All
-    directions then move about equally far, also those with a small singular value, to which only
-    rare examples contribute.
+    """One Muon step for one weight matrix: replaces its Nesterov momentum U S V^T with U V^T. All
+    directions then move about equally far, including those with small singular values, which come
+    from rare examples. Class Muon does the same in batches.
 
     The factor 0.4 sqrt(max(shape)) gives an exact U V^T of full rank an RMS of 0.4 lr for any
     shape; 2502.16982, section 2.2, has 0.2.
@@ -178,7 +178,8 @@ class Muon(torch.optim.AdamW):
                 continue
             by_shape: dict = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
             for matrices in by_shape.values():
                 self.muon_step(matrices, group["lr"], group["weight_decay"])
         super().step(closure)
@@ -201,7 +202,7 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Approximates U V^T for each x = U S V^T of a stack (matrices, rows, columns), by five
     Newton-Schulz iterations. With these coefficients, singular values end between about 0.7 and
-    1.2, except that those below 1/700 of the Frobenius norm end lower."""
+    1.2; those below 1/700 of the Frobenius norm end lower."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # now no singular value exceeds 1
@@ -234,8 +235,8 @@ def loss_backward(net, parts: list[tuple], machine: Machine) -> float:
     mean loss.
 
     The sum over supervised tokens is divided by their count over *all* micro-batches and processes.
-    A mean of means would give more weight to the tokens of a micro-batch that has few supervised
-    ones, and NaN if it has none. A micro-batch is (tokens, labels, segments),
+    A mean of means would give more weight to the tokens of a micro-batch that has few of them, and
+    would be NaN if one had none. A micro-batch is (tokens, labels, segments),
     and for MiniGPT-4 also images.
     """
     own_count = 0
@@ -291,7 +292,7 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
                 group["lr"] = learning_rate(step, cfg)
             loss = loss_backward(net, micro_batches(batch, micro, machine.device), machine)
             norm = clip_gradients(net, cfg.clip)
-            loss = run.sync(loss)  # of all processes, which also agree whether to stop or save
+            loss = run.sync(loss)  # over all processes, which also agree here to stop or save
             run.check_finite(step, loss, norm)  # before the update: the weights are still good
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -308,11 +309,14 @@ def split_batch(rows: data.Rows, cfg: SFTConfig, machine: Machine, name: str) ->
         raise UserError(f"{name}: the data fills only {len(rows)} rows of {cfg.seq_len} tokens, "
                         f"less than one batch of {cfg.batch_size}; give more data, or a smaller "
                         "--batch_size or --seq_len")
-    share = cfg.batch_size // machine.world
-    micro = cfg.micro_batch or max(1, share)
-    if cfg.batch_size % machine.world or share % micro:
+    share, rest = divmod(cfg.batch_size, machine.world)
+    if rest:
         raise UserError(f"--batch_size={cfg.batch_size} must be a multiple of {machine.world} "
-                        f"processes x --micro_batch={micro}")
+                        "processes")
+    micro = cfg.micro_batch or share
+    if share % micro:
+        raise UserError(f"--batch_size={cfg.batch_size} gives each of {machine.world} processes "
+                        f"{share} rows, which must be a multiple of --micro_batch={micro}")
     return share, micro
 
 
@@ -327,8 +331,8 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
 
     Exactly one of these says where the weights come from: `parent`, a checkpoint; `shape`, for
     random weights; `network`, which may have frozen parts, and whose language model was trained on
-    a context of `window` tokens. source and extra_settings identify the data and whatever else the
-    run depends on: if they change, it is not resumed.
+    a context of `window` tokens. `source` and `extra_settings` identify the data and whatever else
+    the run depends on: if they change, it is not resumed.
     """
     folder = Path(cfg.out) / name
     if parent and Path(parent).resolve() == folder.resolve():
@@ -430,14 +434,16 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path,
         n_tokens = int((rows.segments >= 0).sum())
     if not cfg.steps:
         cfg = replace(cfg, steps=max(1, round(cfg.epochs * len(rows) / cfg.batch_size)))
-    characters, held_characters = sum(map(len, train_texts)), sum(map(len, held_texts))
+    characters = sum(map(len, train_texts))
     print(f"{path}: training on {characters} characters, {n_tokens} tokens, vocabulary "
           f"{tokenizer.vocab_size} ({characters / max(1, n_tokens):.2f} characters per token)")
     net = run_stage(cfg, name, machine, rows, tokenizer, "plain", checkpoint.digest(path),
                     shape=model.PRESETS[cfg.preset], callback=callback)
     loss, count = validate(net, held_rows, machine)
-    print(f"{name}: validation loss {loss / max(1, count):.3f} nats per token, "
-          f"{loss / max(1, held_characters):.3f} per character, on the held-out last tenth")
+    # Documents may be cut, so the characters that were scored are known for a stream only.
+    per_character = f", {loss / len(held_texts[0]):.3f} per character" if is_stream else ""
+    print(f"{name}: validation loss {loss / max(1, count):.3f} nats per token{per_character}, on "
+          "the held-out last tenth")
     return net
 
 
@@ -447,7 +453,10 @@ def hold_out_a_tenth(texts: list[str], is_stream: bool) -> tuple[list[str], list
         cut = len(texts) * 9 // 10
         return texts[:cut], texts[cut:]
     (text,) = texts
-    cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
+    cut = len(text) * 9 // 10
+    newline = text.rfind("\n", len(text) * 8 // 10, cut)
+    if newline >= 0:
+        cut = newline + 1
     return [text[:cut]], [text[cut:]]
 
 
@@ -464,21 +473,22 @@ def pack_documents(texts: list[str], tokenizer: data.Tokenizer, cfg: SFTConfig) 
     for ids in tokenizer.sp.encode(texts):
         ids = [tokenizer.bos, *ids, tokenizer.eos]
         examples.append(data.Example(ids, ids))
-    warn_if_cut(examples, cfg)
+    warn_if_cut(examples, cfg, "documents")
     return data.pack(examples, cfg.seq_len, cfg.seed, tokenizer.eos)
 
 
-def warn_if_cut(examples: list[data.Example], cfg: SFTConfig) -> None:
+def warn_if_cut(examples: list[data.Example], cfg: SFTConfig, what: str, hint: str = "") -> None:
     too_long = sum(len(e.tokens) > cfg.seq_len for e in examples)
     if too_long:
-        print(f"  {too_long} of {len(examples)} are longer than {cfg.seq_len} tokens and are cut "
-              "(see --seq_len; python -m recipes.sharegpt split keeps all of a conversation)")
+        print(f"  {too_long} of {len(examples)} {what} are longer than --seq_len={cfg.seq_len} "
+              f"tokens and are cut{hint}")
 
 
 @torch.no_grad()
 def validate(net, rows: data.Rows, machine: Machine, batch: int = 32) -> tuple[float, int]:
     """The total loss in nats over the supervised tokens of the rows, and their count. Rank r takes
-    batches r, r + world, ...; the last ones are padded with repeated rows, which are not scored."""
+    batches r, r + world, ... All ranks compute equally many, or FSDP would wait forever: the last
+    ones are padded with repeated rows, which are not scored."""
     total, count = 0.0, 0
     for begin in range(batch * machine.rank, batch * machine.rank + len(rows),
                        batch * machine.world):
@@ -527,13 +537,14 @@ def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTCo
     report = data.Report()
     examples = data.render_file(path, template, tokenizer, report)
     rows = data.pack(examples, cfg.seq_len, cfg.seed, pad=tokenizer.eos)
-    lengths = np.array([len(e.tokens) for e in examples])
-    total, supervised = lengths.sum(), sum((e.labels != data.IGNORE).sum() for e in examples)
-    filled = np.minimum(lengths, cfg.seq_len).sum() / rows.tokens.size
+    total = (rows.segments >= 0).sum()
+    supervised = (rows.labels != data.IGNORE).sum()
     print(f"{path}: {len(examples)} conversations, {total} tokens, {supervised} supervised "
-          f"({100 * supervised / total:.0f}%), packing efficiency {100 * filled:.0f}%{report}")
-    warn_if_cut(examples, cfg)
-    if not (rows.labels != data.IGNORE).any():
+          f"({100 * supervised / total:.0f}%), packing efficiency "
+          f"{100 * total / rows.tokens.size:.0f}%{report}")
+    warn_if_cut(examples, cfg, "conversations",
+                "; `python -m recipes.sharegpt split` keeps all of them")
+    if not supervised:
         raise UserError(f"{path}: nothing is supervised, since no reply fits into "
                         f"--seq_len={cfg.seq_len}")
     return rows
@@ -547,21 +558,24 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
     name, out, kind = Path(cfg.data).stem.split(".")[0], Path(cfg.out), data.kind_of(cfg.data)
     if kind in ("text", "documents"):
         if cfg.stage == "sft":
-            raise UserError(f"{cfg.data} is plain text; --stage=sft needs conversations")
+            raise UserError(f"{cfg.data} holds {kind}; --stage=sft needs conversations")
         refuse_unused(cfg, ("init", "template", "lora_rank"),
-                      "plain text trains a new model from scratch")
+                      f"{kind} pre-trains a new model from scratch")
         own_text(cfg, name, machine)
         return dict(folder=str(out / name))
     if cfg.stage == "pretrain":
         raise UserError(f"{cfg.data} holds conversations ({kind}); --stage=pretrain needs text")
     parent, reason = choose_base(cfg)
+    if cfg.stage == "sft" and not parent:
+        raise UserError(f"--stage=sft needs --init: {reason}")
     template = cfg.template or data.default_template(cfg.data)
     if parent:
         refuse_unused(cfg, ("preset", "vocab_size", "tokenizer"), f"{parent} has its own")
         print(f"{cfg.data} is {kind}, template {template}: fine-tuning {parent} ({reason})")
     else:
+        steps = cfg.steps or 400
         print(f"{cfg.data} is {kind}, template {template}: {reason}, so a {cfg.preset} base model "
-              "is first pre-trained on the text of these conversations")
+              f"is first pre-trained on the text of these conversations, for {steps} steps")
         parent = str(out / f"{name}-base")
         text = out / "data" / f"{name}.txt"
         if machine.rank == 0:
@@ -569,21 +583,21 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
                 file.write("\n\n".join(conversation_texts(cfg.data)))
         machine.barrier()
         # learning_rate 0 is auto; --learning_rate is for fine-tuning
-        base = replace(cfg, data=str(text), learning_rate=0.0, lora_rank=0,
-                       steps=cfg.steps or 400)
+        base = replace(cfg, data=str(text), learning_rate=0.0, lora_rank=0, steps=steps)
         own_text(base, f"{name}-base", machine)
     fine_tune(cfg, name, machine, cfg.data, parent)
     return dict(folder=str(out / name))
 
 
 def own_text(cfg: SFTConfig, name: str, machine: Machine) -> None:
-    """Pre-trains on plain text."""
+    """Pre-trains on plain text or documents."""
     tokenizer, source = None, f"a new tokenizer of at most {cfg.vocab_size} pieces"
     if cfg.tokenizer:
         refuse_unused(cfg, ("vocab_size",), "--tokenizer is given")
         tokenizer = data.find_tokenizer(cfg.tokenizer)
         source = f"the tokenizer of {cfg.tokenizer}"
-    print(f"{cfg.data} is plain text: pre-training a {cfg.preset} model on it, with {source}")
+    kind = data.kind_of(cfg.data)
+    print(f"{cfg.data} is {kind}: pre-training a {cfg.preset} model on it, with {source}")
     pretrain(cfg, name, machine, cfg.data, tokenizer)
 
 
@@ -617,7 +631,8 @@ FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alp
 
 
 def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
-    """A base model, from it Alpaca and Vicuna, and the exam with its controls."""
+    """Trains a base model, fine-tunes it into Alpaca and Vicuna, and runs the exam; --full adds two
+    controls."""
     from toy import exam, world
     refuse_unused(cfg, ("init", "tokenizer", "template", "epochs", "lora_rank"),
                   "it is only for --data=FILE")
@@ -636,8 +651,9 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
 
     # First guess of the time: a model this small reaches about a third of the peak FLOP/s.
     tokens = cfg.batch_size * cfg.seq_len
-    flops = train_flops(model.LLaMAConfig(**shape), tokens, 0, cfg.seq_len)
-    plan = Plan({**steps, "exam": sum(steps.values()) // 5}, 3 * flops / machine.peak_flops)
+    flops = train_flops(model.LLaMAConfig(**shape), tokens, supervised=0, seq_len=cfg.seq_len)
+    seconds_per_step = 3 * flops / machine.peak_flops
+    plan = Plan({**steps, "exam": sum(steps.values()) // 5}, seconds_per_step)
 
     def begin_stage(name: str, what: str) -> SFTConfig:
         plan.begin(name, what)
@@ -672,7 +688,7 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
 
 def main(cfg: SFTConfig) -> dict:
     if not cfg.data and cfg.dtype == "auto":
-        print("the toy chain trains in float32: in bfloat16, retrieval emerges later")
+        print("the toy chain trains in float32: in bfloat16, retrieval takes more steps to learn")
         cfg = replace(cfg, dtype="float32")
     machine = choose_machine(cfg.device, cfg.dtype, cfg.patience)
     if not machine.sharded:

@@ -9,12 +9,12 @@
 Each stage writes to its own folder under --out. Finished stages are skipped, interrupted ones
 resume:
 
-  vision    stage 0 trains a small ViT and Q-Former, in place of EVA's and BLIP-2's, to name what is
-            in a picture. Then they are frozen.
+  vision    stage 0 trains a small ViT and Q-Former, which stand in for EVA-CLIP's and BLIP-2's, to
+            name what is in a picture. Then they are frozen.
   words     photos only: the small language model learns the words of the captions.
   align     stage 1: the projection learns from short, noisy alt-text.
-  curated   the aligned model describes pictures, a text-only teacher repairs the descriptions, and
-            wrong ones are dropped.
+  curated   the aligned model describes pictures, a text-only teacher (if given) repairs the
+            descriptions, and wrong ones are dropped.
   minigpt4  stage 2: the projection learns from the descriptions that remain.
 
 References: Zhu et al. 2023, MiniGPT-4 (arXiv 2304.10592), sections 3.1 to 3.3; Li et al. 2023,
@@ -54,8 +54,8 @@ class VLMConfig:
     init: str = "out/vicuna"  # the language model
     vision: str = ""  # ViT and Q-Former: checkpoint folder or published files; stage 0's by default
     out: str = "out"  # folder of the run
-    teacher: str = ""  # repairs descriptions: MODEL@URL or a checkpoint; toy pictures: the oracle
-    review: bool = False  # accept, edit or drop every curated description yourself
+    teacher: str = ""  # repairs descriptions: MODEL@URL, a checkpoint; for toy pictures, the oracle
+    review: bool = False  # check every remaining description by hand: accept, edit or drop
     steps: int = 0  # optimizer steps of the chosen --stage; 0: as in the recipe
     batch_size: int = 0  # pictures per step of the chosen --stage; 0: as in the recipe
     learning_rate: float = 0.0  # peak in the chosen --stage; 0: as in the recipe
@@ -76,7 +76,8 @@ class VLMConfig:
         config.check_above(self, 0, "save_minutes")
 
 
-# What each stage passes to SFTConfig. Toy pictures and photos differ in their number of steps.
+# What each stage passes to SFTConfig: warmup and min_lr are fractions of the steps and of the peak.
+# Toy pictures and photos differ in their number of steps.
 ENCODE = dict(batch_size=64, learning_rate=2e-3, min_lr=0.05, weight_decay=0.05, optimizer="muon")
 ALIGN = dict(batch_size=32, learning_rate=3e-4, weight_decay=0.05)
 DESCRIBE = dict(batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)
@@ -103,11 +104,11 @@ INSTRUCTIONS = ("Describe this image in detail.",
                 "Could you describe the contents of this image for me?")
 REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you "
            "see.")
-# ours, for the teacher in curation
+# Our own prompt for the teacher in curation.
 REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences "
           "that repeat others, meaningless characters and what is not English; complete or remove "
           "sentences that break off. Do not add anything. Answer with the corrected paragraph "
-          "alone. If nothing is wrong, repeat it unchanged. If nothing can be saved, answer: "
+          "alone. If nothing is wrong, return it unchanged. If nothing can be saved, answer: "
           "INCOMPLETE")
 
 
@@ -121,19 +122,15 @@ def recipe_of(cfg: VLMConfig) -> str:
 
 def stage_config(cfg: VLMConfig, stage: str) -> train_sft.SFTConfig:
     """The recipe's hyperparameters for a stage, replaced by those on the command line."""
-    recipe = RECIPES[recipe_of(cfg)]
-    if stage not in recipe:
-        raise UserError(f"the published recipe has no stage {stage}: give --vision=FOLDER with a "
-                        "pretrained ViT and Q-Former")
-    numbers = dict(recipe[stage])
+    numbers = dict(RECIPES[recipe_of(cfg)][stage])
     if cfg.fast:
         numbers["steps"] = max(20, numbers["steps"] // 10)
     if stage == cfg.stage:
         for key in ("steps", "batch_size", "learning_rate"):
             numbers[key] = getattr(cfg, key) or numbers[key]
-    same = ("out", "micro_batch", "checkpointing", "dtype", "device", "seed", "save_minutes",
-            "resume")
-    return train_sft.SFTConfig(**numbers, **{key: getattr(cfg, key) for key in same})
+    shared = ("out", "micro_batch", "checkpointing", "dtype", "device", "seed", "save_minutes",
+              "resume")
+    return train_sft.SFTConfig(**numbers, **{key: getattr(cfg, key) for key in shared})
 
 
 @dataclass
@@ -154,8 +151,9 @@ def open_run(cfg: VLMConfig, machine: Machine) -> VLMRun:
     template = meta["template"]
     if template == "vicuna_v0":
         template = "minigpt4"  # MiniGPT-4's own prompt for Vicuna v0
-    return VLMRun(cfg, machine, llama, data.Tokenizer(path), template, checkpoint.find(cfg.init),
-                  checkpoint.window(meta, llama.config), time.time())
+    return VLMRun(cfg, machine, llama, data.Tokenizer(path), template,
+                  folder=checkpoint.find(cfg.init), window=checkpoint.window(meta, llama.config),
+                  began=time.time())
 
 
 # -- pictures with captions -----------------------------------------------------------------------
@@ -405,7 +403,8 @@ def ask(net: vision.MiniGPT4, vlm: VLMRun, questions: Sequence, features: torch.
 
 # -- curation -------------------------------------------------------------------------------------
 
-APOLOGY = re.compile(r"(I'm|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]", re.I)
+# What the paper removes from the teacher's replies.
+APOLOGY = re.compile(r"(I['’]m|I am) sorry[^.!?]*[.!?]|I apologi[sz]e[^.!?]*[.!?]", re.I)
 
 
 class VLMData(NamedTuple):
@@ -415,15 +414,20 @@ class VLMData(NamedTuple):
     repair: Callable  # texts -> repaired texts
     is_true: Callable  # (index in the pool, description) -> keep it?
     min_tokens: int  # shorter descriptions are continued
-    evaluate: Callable  # (net, projection after stage 1) -> figures
+    evaluate: Callable  # (run, net, projection after stage 1) -> figures
 
 
 def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
     """Section 3.2 of the paper. Writes the descriptions that are kept into curated/, with a report.
+
+    If it is interrupted, pictures are described again, but the teacher's replies and the user's
+    verdicts are kept in files.
     """
+    out = Path(vlm.cfg.out) / "curated"
     said = describe_pool(vlm, net, work)
     repaired = work.repair(said)
-    report, kept = Counter(asked=len(said)), []
+    report = Counter(asked=len(said))
+    kept = []
     for i, (text, before) in enumerate(zip(repaired, said)):
         no_answer = text is None
         text = APOLOGY.sub("", text or "").strip()
@@ -436,13 +440,12 @@ def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
         else:
             verdict = "kept as it was" if text == before.strip() else "repaired and kept"
             if vlm.cfg.review:
-                text, verdict = review(work.pool[i].path, text, verdict)
+                text, verdict = review(work.pool[i].path, text, verdict, out / "reviewed.jsonl")
         report[verdict] += 1
-        if "kept" in verdict:
+        if not verdict.startswith("dropped"):
             path = str(work.pool[i].path.resolve())
             kept.append(dict(image=path, caption=text, before=before))
     print("curation: " + "; ".join(f"{verdict}: {n}" for verdict, n in report.items()))
-    out = Path(vlm.cfg.out) / "curated"
     with data.atomic_write(out / "report.json") as file:
         json.dump(report, file, indent=1)
     with data.atomic_write(out / "filter_cap.json") as file:
@@ -464,18 +467,29 @@ def describe_pool(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> list[str]
     return said
 
 
-def review(path: Path, text: str, verdict: str) -> tuple[str, str]:
-    """--review: the user accepts, drops or rewrites a description."""
-    print(f"\n{path}\n{text}")
-    answer = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
+def review(path: Path, text: str, verdict: str, log: Path) -> tuple[str, str]:
+    """--review: the user accepts, drops or rewrites a description. Answers are kept in `log`, so
+    that nothing is asked twice."""
+    key = teacher.digest(str(path), text)
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    answers = dict(json.loads(line) for line in lines)
+    if key not in answers:
+        print(f"\n{path}\n{text}")
+        answers[key] = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps([key, answers[key]]) + "\n")
+    answer = answers[key]
     if answer.lower() == "d":
         return text, "dropped: by you"
     return (answer, "repaired and kept") if answer else (text, verdict)
 
 
-def caption_repairer(spec: str) -> Callable:
-    """A text-only teacher as a function: texts -> repaired texts, None where it failed."""
+def caption_repairer(spec: str, out: str) -> Callable:
+    """A text-only teacher as a function: texts -> repaired texts, None where it failed. Its replies
+    are kept under `out`."""
     ask_teacher = teacher.teacher(spec, temperature=0.7, max_new_tokens=200)
+    cache = teacher.ReplyCache(Path(out) / "curated" / "replies.jsonl")
 
     def repair_captions(texts: Sequence[str]) -> list[str | None]:
         conversations = []
@@ -483,7 +497,8 @@ def caption_repairer(spec: str) -> Callable:
             turns = [data.Turn("user", text)]
             extra = dict(repair=text)  # for the oracle, which does not read prompts
             conversations.append(data.Conversation(turns, system=REPAIR, extra=extra))
-        return [reply.text if reply else None for reply in ask_teacher(conversations)]
+        replies = cache.ask(ask_teacher, conversations, [], "repairing")
+        return [reply.text if reply else None for reply in replies]
     return repair_captions
 
 
@@ -494,7 +509,8 @@ def learn_caption_words(vlm: VLMRun, album: Sequence[Captioned]) -> VLMRun:
     first fine-tuned to write each caption from its rarest words, without the picture."""
     cfg, path = vlm.cfg, Path(vlm.cfg.out) / "data" / "captions.json"
     rng, conversations = random.Random(cfg.seed), []
-    for c, words in zip(album, caption_words(album, 4)[0]):
+    rows, _ = caption_words(album, 4)
+    for c, words in zip(album, rows):
         shown = " ".join(word for word in words if word != NOTHING)
         text = f"<Img>{shown}</Img> {rng.choice((REQUEST, *INSTRUCTIONS))}"
         turns = [data.Turn("user", text), data.Turn("assistant", c.caption)]
@@ -546,13 +562,15 @@ def build_minigpt4(vlm: VLMRun, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
 
 def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
                      album: Sequence[Captioned], name: str, parent: str = "") -> None:
-    """Stage 1 or 2, into the folder `name`. Skips stage 2 if there is less than one batch."""
+    """Stage 1 or 2, into the folder `name`. Skips stage 2 if there are fewer descriptions than one
+    batch."""
     sft, rng = stage_config(vlm.cfg, stage), random.Random(vlm.cfg.seed)
     if stage == "2" and len(album) < sft.batch_size:
         print(f"stage 2 is skipped: {len(album)} descriptions, fewer than one batch of "
               f"{sft.batch_size}")
         return
-    recipe, system = recipe_of(vlm.cfg), ""
+    recipe = recipe_of(vlm.cfg)
+    system = ""
     if stage == "1" and recipe != "published":
         # Two deviations for a language model of a million parameters. The projection starts at
         # zero: it never recovered from random outputs. And the system prompt comes first: image
@@ -591,8 +609,10 @@ def run_stages(vlm: VLMRun) -> dict:
     else:
         from toy import exam
         work = exam.toy_pictures(vlm)
-    plan, encoder = make_plan(cfg), Path(cfg.vision)
-    if not cfg.vision:
+    plan = make_plan(cfg)
+    if cfg.vision:
+        encoder = Path(cfg.vision)
+    else:
         plan.begin("0", "the vision encoder learns to name what it sees")
         encoder = train_encoder(vlm, work.learn if cfg.images else ())
     if cfg.stage == "0":
@@ -616,7 +636,7 @@ def run_stages(vlm: VLMRun) -> dict:
     plan.begin("2", "the projection learns from descriptions")
     train_projection(vlm, "2", net, parts, load_album(curated), "minigpt4", str(out / "align"))
     plan.begin("exam", "the exam")
-    return work.evaluate(net.eval(), aligned)
+    return work.evaluate(vlm, net.eval(), aligned)
 
 
 def train_on_descriptions(vlm: VLMRun) -> dict:
@@ -624,32 +644,37 @@ def train_on_descriptions(vlm: VLMRun) -> dict:
     cfg, out = vlm.cfg, Path(vlm.cfg.out)
     if recipe_of(cfg) == "photos":
         vlm = with_words(vlm)  # as stage 1 did
+    work = photo_data(vlm)
+    least = stage_config(cfg, "2").batch_size
+    if len(work.learn) < least:
+        raise UserError(f"{cfg.images} has {len(work.learn)} descriptions, fewer than one batch of "
+                        f"{least}")
     net, parts = build_minigpt4(vlm, Path(cfg.vision or out / "vision"))
     checkpoint.load(out / "align", network=net)
-    aligned, work = copy_projection(net), photo_data(vlm)
+    aligned = copy_projection(net)
     train_projection(vlm, "2", net, parts, work.learn, "minigpt4", str(out / "align"))
     if vlm.machine.sharded:  # the weights are sharded: evaluate in a separate process
         return dict(folder=str(out / "minigpt4"))
-    return work.evaluate(net.eval(), aligned)
+    return work.evaluate(vlm, net.eval(), aligned)
 
 
-# The cost of a step in each stage, relative to stage 1; curation and exam count as 500 steps.
+# The cost of a step in each stage, relative to stage 1; curation and exam count as 500 steps each.
 # Measured on two CPU cores.
 COSTS = {"0": 4.0, "words": 4.0, "1": 1.0, "curate": 1.0, "2": 1.0, "exam": 1.0}
 
 
 def make_plan(cfg: VLMConfig) -> Plan:
-    """The stages of this command with their cost, for the estimate of the time left."""
-    recipe, work = RECIPES[recipe_of(cfg)], {}
+    """The stages of this command and their costs, for the estimate of the time left."""
+    recipe, costs = RECIPES[recipe_of(cfg)], {}
     for stage, cost in COSTS.items():
-        given = stage == "0" and cfg.vision
-        if given or (stage == "words" and "words" not in recipe):
+        skipped = cfg.vision if stage == "0" else stage == "words" and stage not in recipe
+        if skipped:
             continue
         steps = stage_config(cfg, stage).steps if stage in recipe else 500
-        work[stage] = cost * steps
-        if stage == cfg.stage and stage != "2":
+        costs[stage] = cost * steps
+        if stage == cfg.stage and stage != "2":  # the exam follows stage 2
             break
-    return Plan(work, seconds=0.05)
+    return Plan(costs, seconds=0.05)  # a first guess, for a step of stage 1
 
 
 # -- your own pictures ----------------------------------------------------------------------------
@@ -659,36 +684,42 @@ def photo_data(vlm: VLMRun) -> VLMData:
     the exam; the published recipe holds out nothing."""
     cfg = vlm.cfg
     album = load_album(cfg.images)
-    if not album:
-        raise UserError(f"{cfg.images} has no pictures with captions")
     held, learn = [], []
     for c in album:
         digest = hashlib.sha256(c.path.name.encode()).hexdigest()
-        # hexadecimal: 0x1999 is a tenth of 0xffff
-        if digest < "1999" and recipe_of(cfg) != "published":
+        if int(digest, 16) % 10 == 0 and recipe_of(cfg) != "published":
             held.append(c)
         else:
             learn.append(c)
+    if not learn:
+        raise UserError(f"{cfg.images} has no pictures with captions to learn from")
     print(f"{cfg.images}: {len(album)} pictures with captions, {len(held)} of them held out")
     pool = random.Random(cfg.seed).sample(learn, min(len(learn), 5000))
-    rarest = [row[0] for row in caption_words(pool, 1)[0]]
+    rarest_words, _ = caption_words(pool, 1)
+    if recipe_of(cfg) == "photos" and all(row == [NOTHING] for row in rarest_words):
+        raise UserError(f"{cfg.images}: no word occurs in five captions; give more captions, or "
+                        "--vision with a pretrained encoder")
 
-    def is_true(i: int, text: str) -> bool:  # False for a caption without a frequent word
-        return rarest[i] in re.findall(r"\w+", text.lower())
+    def is_true(i: int, text: str) -> bool:  # NOTHING, for a caption of rare words, is never found
+        return rarest_words[i][0] in re.findall(r"\w+", text.lower())
 
-    def evaluate(net: vision.MiniGPT4, aligned: dict) -> dict:
+    def evaluate(vlm: VLMRun, net: vision.MiniGPT4, aligned: dict) -> dict:
         return photo_exam(vlm, net, learn, held)
 
-    repair = caption_repairer(cfg.teacher) if cfg.teacher else list  # list: changes nothing
+    def unchanged(texts: Sequence[str]) -> Sequence[str]:
+        return texts
+
+    repair = caption_repairer(cfg.teacher, cfg.out) if cfg.teacher else unchanged
     return VLMData(learn, pool, repair, is_true, min_tokens=1, evaluate=evaluate)
 
 
 def photo_exam(vlm: VLMRun, net: vision.MiniGPT4, learn: Sequence[Captioned],
                held: Sequence[Captioned]) -> dict:
-    """Accuracy on held-out pictures: is the first label word of the description that of the
-    caption? The label words are the rarest word of each training caption. shuffled: the model sees
-    another picture."""
-    labels = {row[0] for row in caption_words(learn, 1)[0]}
+    """The fraction of held-out pictures whose description and caption have the same first label
+    word. A label word is the rarest word of some training caption. shuffled: the model sees another
+    picture."""
+    rows, _ = caption_words(learn, 1)
+    labels = {word for (word,) in rows}
 
     def first_label(text: str) -> str | None:
         return next((word for word in re.findall(r"\w+", text.lower()) if word in labels), None)
@@ -697,9 +728,12 @@ def photo_exam(vlm: VLMRun, net: vision.MiniGPT4, learn: Sequence[Captioned],
     if not held:
         return {}
     truth = [first_label(c.caption) for c in held]
-    features, figures = encode_images(net, [c.path for c in held], vlm.machine), {}
+    features = encode_images(net, [c.path for c in held], vlm.machine)
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
-    for name, seen in (("MiniGPT-4", features), ("shuffled", features[order])):
+    shuffled = features.clone()
+    shuffled[order] = features[order.roll(1)]  # nobody keeps its own
+    figures = {}
+    for name, seen in (("MiniGPT-4", features), ("shuffled", shuffled)):
         replies, _ = ask(net, vlm, [INSTRUCTIONS[0]] * len(held), seen)
         right = [first_label(reply) == t for reply, t in zip(replies, truth)]
         figures[name] = sum(right) / len(held)
@@ -716,10 +750,15 @@ def check_options(cfg: VLMConfig) -> None:
         refuse_unused(cfg, ("steps", "batch_size", "learning_rate"),
                       "it differs between stages; choose one with --stage=0, 1 or 2")
     if cfg.images:
-        refuse_unused(cfg, ("fast", "full"), "it is for toy pictures, without --images")
+        refuse_unused(cfg, ("fast", "full"), "it is for toy pictures; drop --images")
+    elif recipe_of(cfg) == "photos":
+        raise UserError("--recipe=photos needs --images")
+    if recipe_of(cfg) == "published" and not cfg.vision:
+        raise UserError("the published recipe has no stage 0: give --vision=FOLDER with a "
+                        "pretrained ViT and Q-Former")
     if cfg.stage in ("0", "1") or (cfg.stage == "2" and cfg.images):
-        refuse_unused(cfg, ("teacher", "review", "full"), "this command has no curation or exam")
-    if cfg.stage == "curate":
+        refuse_unused(cfg, ("teacher", "review"), "this command has no curation")
+    if cfg.stage in ("0", "1", "curate"):
         refuse_unused(cfg, ("full",), "this command has no exam")
     if cfg.stage == "0":
         refuse_unused(cfg, ("vision", "checkpointing"), "stage 0 only trains a new, small encoder")

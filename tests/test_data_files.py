@@ -56,7 +56,7 @@ CASES = [
     ([None, 5, "x", []], [], ["no conversation"] * 4),
     # roles
     *[(chat("Q", "A", roles=roles), QA, []) for roles in ROLES],
-    (said(("human", "Q"), ("system", "S"), ("gpt", "A")), QA, ["used the last of several"]),
+    (said(("human", "Q"), ("system", "S"), ("gpt", "A")), QA, ["used the last system prompt"]),
     (openai(("system", ""), ("user", "Q"), ("assistant", "A")), QA, []),
     (said(("human", "Q"), ("tool", "3"), ("gpt", "A")), [], ["unknown role"]),
     ({"messages": [{"role": "user", "content": "Q"}, {"from": "gpt", "value": "A"}]}, QA, []),
@@ -141,11 +141,11 @@ FILES = [
     (gzip.compress(LINE.encode())[:12] + b"xxxx" * 9, "corrupt gzip"),
     (b"\xef\xbb\xbf \r\n", "is empty"),
     # plain text that only begins like JSON, documents, and what is of no kind
-    ("{ a brace begins this story", "plain text"),
-    ('{"quoted" words} in a play', "plain text"),
-    ("[Scene 1. A castle.]\nEnter KING", "plain text"),
-    ('["Yes," she said.]', "plain text"),
-    ('{"text": "a document"}', "plain text"),
+    ("{ a brace begins this story", "not conversations"),
+    ('{"quoted" words} in a play', "not conversations"),
+    ("[Scene 1. A castle.]\nEnter KING", "not conversations"),
+    ('["Yes," she said.]', "not conversations"),
+    ('{"text": "a document"}', "not conversations"),
     ('[{"a": 1, "b": 2}]', "with the keys a, b"),
     ("[]", "no objects"),
     (json.dumps([chat("Q")] * 3), "dropped: no reply: 3"),
@@ -173,7 +173,7 @@ def test_documents(tmp_path, capsys):
     file = tmp_path / "texts.json"
     write(file, [dict(text="One."), dict(text=" "), dict(id=3), dict(text="Two.")])
     assert data.load_documents(file) == ["One.", "Two."]
-    assert "2 records without text" in capsys.readouterr().out
+    assert "skipped 2 of 4 records" in capsys.readouterr().out
     write(file, [chat("Q", "A")])
     with pytest.raises(UserError, match="conversations"):
         data.load_documents(file)

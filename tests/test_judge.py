@@ -130,7 +130,7 @@ def test_question_files(tmp_path):
     assert (one.turns, one.reference, two.turns) == (["a {b}", "c"], ["", "d"], ["e"])
     for records, message in (
             ([vicuna, vicuna], "duplicate question_id 82"),
-            ([dict(question_id=1, turns=["a", 3])], "question 1 has neither text nor turns"),
+            ([dict(question_id=1, turns=["a", 3])], "question 1 needs text, or turns"),
             ([dict(id=1, text="a")], "must hold questions: JSON lines, each with question_id")):
         with pytest.raises(UserError, match=message):
             judge.load_questions(write(tmp_path / "bad.jsonl", records))
@@ -181,22 +181,22 @@ def test_a_second_turn_shows_the_first_answer_and_an_interrupted_run_resumes(tmp
     path = tmp_path / "replies.jsonl"
     player = Player(patience=3)  # the first turns; then the second one fails
     with pytest.raises(UserError, match="no answer to question 3.*line went dead.*same command"):
-        judge.answer(player, QUESTIONS, judge.ReplyCache(path), [], "player")
+        judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player")
     path.write_text(path.read_text() + '\n{"key": "half')
     player.patience = 99
-    got = judge.answer(player, QUESTIONS, judge.ReplyCache(path), [], "player")
+    got = judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player")
     assert player.heard == [["Say something."], ["1 + 1?"], ["First."],
                             ["First.", "reply 3", "Second."]]
     assert [judge.said_in(a) for a in got] == [["reply 1"], ["reply 2"], ["reply 3", "reply 4"]]
-    judge.answer(player, QUESTIONS, judge.ReplyCache(path), ["another temperature"], "player")
+    judge.answer(player, QUESTIONS, teacher.ReplyCache(path), ["another temperature"], "player")
     assert len(player.heard) == 8
-    assert judge.answer(player, QUESTIONS, judge.ReplyCache(path), [], "player") == got
+    assert judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player") == got
 
 
 def test_two_questions_with_the_same_text_have_one_answer_each(tmp_path):
     """The first version put both replies into one record, as if they were two turns."""
     twice = [judge.Question(1, "generic", ["Hi."]), judge.Question(2, "generic", ["Hi."])]
-    got = judge.answer(Player(9), twice, judge.ReplyCache(tmp_path / "r.jsonl"), [], "player")
+    got = judge.answer(Player(9), twice, teacher.ReplyCache(tmp_path / "r.jsonl"), [], "player")
     assert [judge.said_in(a) for a in got] == [["reply 1"], ["reply 1"]]
     assert got[0]["answer_id"] != got[1]["answer_id"]
 
@@ -390,7 +390,7 @@ def test_a_judge_without_scores_ranks_nobody(tmp_path, capsys, monkeypatch, text
     assert len(pair["left_out"]) == 80
     printed = capsys.readouterr().out
     assert "oracle : noisy: left out question 1, 2, 3" in printed
-    missing = "80 reviews failed (the prompt does not fit); the same command"
+    missing = "80 reviews failed (the prompt does not fit); rerun the same command"
     assert (missing in printed) == (text is None)
     file = tmp_path / "review" / "review_oracle_noisy.jsonl"
     records = lines(file)

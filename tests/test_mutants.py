@@ -48,7 +48,7 @@ MODEL = [
      'reduction="sum"', 'reduction="mean"',
      "test_nothing_supervised"),
     ("last chunk of the loss lost", "LLaMA.nll",
-     "zip(x.split(chunk), targets.split(chunk))", "zip(x.split(chunk)[:-1], targets.split(chunk))",
+     "zip(x.split(chunk_rows), ", "zip(x.split(chunk_rows)[:-1], ",
      "test_nll_equals_textbook"),
 
     # the network
@@ -134,11 +134,11 @@ MODEL = [
      "self.length = min(self.length, n)", "pass",
      "test_generation_continues_from_a_cache"),
     ("padding is seen", "padded_positions_and_mask",
-     "not_padding = k_pos >= padding[:, None, None]",
-     "not_padding = k_pos >= 0 * padding[:, None, None]",
+     "not_padding = k_pos >= n_pad[:, None, None]",
+     "not_padding = k_pos >= 0 * n_pad[:, None, None]",
      "test_prompts_of_unequal_length"),
     ("a finished row goes on talking", "LLaMA.generate",
-     "ids = torch.where(done, stop, new)", "ids = new",
+     "new = torch.where(done, stop, sampled)", "new = sampled",
      "test_stop"),
     ("top_p drops the token that crosses it", "sample",
      "before = probs.cumsum(-1) - probs",
@@ -162,7 +162,7 @@ MODEL = [
      "if n_slots != n_vectors:", "if n_slots > n_vectors:",
      "test_images_that_do_not_fit_the_slots"),
     ("a fresh network does not attend nearby", "init_for_retrieval",
-     "heads(first.wq)[:, 0::2] += shift", "heads(first.wq)[:, 0::2] += 0 * shift",
+     "wq[:, 0::2] += shift", "wq[:, 0::2] += 0 * shift",
      "test_retrieval_init_attends_to_recent_and_to_identical_tokens"),
     ("fresh keys differ from queries", "init_for_retrieval",
      "wk.copy_(wq[::n_rep])", "pass",
@@ -211,7 +211,7 @@ DATA = [
 
     # rows
     ("conversations of a row share a segment", "pack",
-     "segments[r, here] = s", "segments[r, here] = 0",
+     "segments[r, columns] = s", "segments[r, columns] = 0",
      "test_packed_examples_stay_whole"),
     ("the order depends on the past", "Rows.row",
      "if self._epoch != epoch:", "if self._order is None:",

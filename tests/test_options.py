@@ -372,7 +372,7 @@ def spy_on_vlm(record: Record) -> None:
     patch(exam, "TOY", TOY_PICTURES)
     patch(exam, "FAST", dict(TOY_PICTURES, alt=5))
     patch(exam, "exact", lambda scene, description: True)
-    record.spy(train_vlm, "caption_repairer", lambda spec: spec, lambda spec: list)
+    record.spy(train_vlm, "caption_repairer", lambda *given: given, lambda *given: list)
     record.spy(train_vlm, "ask", about_questions, ask)
     patch("builtins.input", press_enter)
 

@@ -127,7 +127,7 @@ def test_undo_retry_reset(chat, capsys):
     sample.command(chat, "/reset")
     assert chat.turns == [] and ask(chat, WORDS[0]) == [first]
     sample.command(chat, "/undo")
-    with pytest.raises(UserError, match="nothing to undo"):
+    with pytest.raises(UserError, match="nothing to retry"):
         sample.command(chat, "/retry")
 
 

@@ -407,19 +407,31 @@ def test_stage_1_under_torchrun_equals_one_process(tmp_path, encoder, album):
 
 # -- curation -------------------------------------------------------------------------------------
 
-def test_any_teacher_repairs_without_seeing_the_pictures(monkeypatch):
-    """It gets the text, and the rules as a system text. A failed request gives None."""
-    heard = []
+class Echo:
+    """A teacher that fails on short texts."""
+    name = "echo"
 
-    def echo(conversations):
-        heard.extend(conversations)
-        return [teacher.Reply("echo: " + conversations[0].turns[0].text, True), None]
+    def __init__(self):
+        self.heard = []
 
+    def __call__(self, conversations, keep):
+        self.heard += conversations
+        for i, c in enumerate(conversations):
+            if len(c.turns[0].text) > 5:
+                keep(i, teacher.Reply("echo: " + c.turns[0].text, True))
+
+
+def test_any_teacher_repairs_without_seeing_the_pictures(tmp_path, monkeypatch):
+    """It gets the text, and the rules as a system text. A failed request gives None, and only that
+    is asked again: a server was paid for the others."""
+    echo = Echo()
     monkeypatch.setattr(teacher, "teacher", lambda spec, **options: echo)
-    repair = train_vlm.caption_repairer("gpt@server")
-    assert repair(["large red circle", "red"]) == ["echo: large red circle", None]
-    assert [c.system for c in heard] == [train_vlm.REPAIR] * 2
-    assert [c.turns[0].text for c in heard] == ["large red circle", "red"]
+    for heard in (["large red circle", "red"], ["red"]):
+        repair = train_vlm.caption_repairer("gpt@server", str(tmp_path))
+        assert repair(["large red circle", "red"]) == ["echo: large red circle", None]
+        assert [c.turns[0].text for c in echo.heard] == heard
+        assert {c.system for c in echo.heard} == {train_vlm.REPAIR}
+        echo.heard.clear()
 
 
 APOLOGY = "a ring. I'm sorry, I made a mistake. It is fine."
@@ -444,7 +456,8 @@ def test_curation(tmp_path, album, micro, monkeypatch):
 
     work = train_vlm.VLMData([], train_vlm.load_album(album), lambda texts: repaired, is_true, 3,
                              print)
-    train_vlm.curate(replace(micro, cfg=settings(tmp_path, review=True)), None, work)
+    for _ in range(2):  # the second time, nothing is left to be typed
+        train_vlm.curate(replace(micro, cfg=settings(tmp_path, review=True)), None, work)
     report = json.loads((tmp_path / "curated" / "report.json").read_text(encoding="utf-8"))
     assert report == {"asked": 7, **Counter(verdicts)}
     left = [(c.path.name, " ".join(c.caption.split())) for c in train_vlm.load_album(

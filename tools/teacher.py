@@ -11,6 +11,8 @@ stronger model that repairs data.
 replies at once. A missing reply is None, and `ask.why` is the reason.
 """
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -18,8 +20,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 import data
 import vision
@@ -67,6 +72,60 @@ def teacher(spec: str, temperature: float = 0.0, max_new_tokens: int = 1024, qua
 def refuse_images(name: str, conversations: Conversations) -> None:
     if any(c.extra.get("image") for c in conversations):
         raise UserError(f"some questions are about images, which {name} does not accept")
+
+
+# -- replies that were received already -----------------------------------------------------------
+
+def digest(*parts) -> str:
+    """22 characters, as the ids of published answers and reviews have."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:22]
+
+
+def reply_key(model, c: data.Conversation, settings: list) -> str:
+    """A digest of all that a reply depends on: the model, its settings, the text."""
+    return digest(model.name, settings, c.system, c.turns, c.extra.get("image"))
+
+
+class ReplyCache:
+    """Every reply received so far, in an append-only file."""
+
+    def __init__(self, path: Path):
+        self.path, self.replies = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.split("\n"):  # not splitlines(): replies may contain U+2028
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # empty, or truncated when the machine stopped
+                continue
+            key = record.pop("key")
+            self.replies[key] = Reply(**record)
+
+    def ask(self, model, conversations: Conversations, settings: list, label: str) -> Replies:
+        """The reply to each conversation, from the file or from the model."""
+        keys = [reply_key(model, c, settings) for c in conversations]
+        missing = {key: c for key, c in zip(keys, conversations) if key not in self.replies}
+        missing_keys = list(missing)
+
+        with tqdm(total=len(missing), desc=label, leave=False) as bar:
+            def keep(n: int, reply: Reply) -> None:
+                self.replies[missing_keys[n]] = reply
+                line = json.dumps(dict(key=missing_keys[n], **reply._asdict()), ensure_ascii=False)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("\n" + line)  # newline first: the last line may be truncated
+                bar.update()
+
+            model(list(missing.values()), keep)
+        print_tokens(label, [self.replies[key] for key in missing_keys if key in self.replies])
+        return [self.replies.get(key) for key in keys]
+
+
+def print_tokens(label: str, replies: list[Reply]) -> None:
+    """Prints the token counts that a server reports."""
+    read = sum(reply.prompt_tokens for reply in replies)
+    written = sum(reply.completion_tokens for reply in replies)
+    if read:
+        print(f"{label}: {read} prompt tokens, {written} completion tokens")
 
 
 # -- a server -------------------------------------------------------------------------------------

@@ -456,9 +456,9 @@ def toy_pictures(vlm):
                                       lambda scene, rng: world.caption(scene))
     alt, pool = train_vlm.load_album(folder / "alt"), train_vlm.load_album(folder / "curate")
     return train_vlm.VLMData(
-        alt, pool, train_vlm.caption_repairer(cfg.teacher or "oracle"),
+        alt, pool, train_vlm.caption_repairer(cfg.teacher or "oracle", cfg.out),
         is_true=lambda i, text: exact(scenes[i], text), min_tokens=8,
-        evaluate=lambda net, aligned: seeing_exam(vlm, net, aligned, alt, sizes["questions"]))
+        evaluate=lambda run, net, aligned: seeing_exam(run, net, aligned, alt, sizes["questions"]))
 
 
 def random_encoder(vlm, net, alt: Sequence):
