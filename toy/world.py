@@ -1,4 +1,4 @@
-"""The toy world: a small synthetic world, so that the correct answer to every question is known.
+"""The toy world: a small synthetic world in which every question has a known answer.
 
     python -m toy.world                 # samples of each kind of training text
     python -m toy.world --split=pairs   # questions of one test split, with their answers
@@ -13,8 +13,9 @@ What each test split holds out of training:
   pairs       a color on a shape, such as "pink diamond"
   later       combinations of objects; the answer depends on earlier turns
   facts       questions about half of the people, whom only the documents mention
-  closed      some of the sums, comparisons and products (its programs are not held out)
-  phrasings   ways to ask
+  closed      some of the sums, comparisons and products (programs are not held out; of two numbers
+              to add, only one order may be)
+  phrasings   phrasings of the questions
   names       names of users, and words that they define
   more        three objects, and more turns than in training
   minimal     combinations of objects; the same scene twice, with one attribute edited
@@ -63,7 +64,7 @@ class Object(NamedTuple):
 
     @property
     def at(self) -> str:
-        return "at " + self.place  # two words, not "at the": nearby tokens are easier to retrieve
+        return "at " + self.place  # no article: nearer tokens are easier to attend to
 
     @property
     def thing(self) -> str:
@@ -76,13 +77,13 @@ class Object(NamedTuple):
         return f"{self.shape}, {self.size} and {self.color}"
 
 
-Scene = tuple  # of Objects, in the order in which they are mentioned
+Scene = tuple[Object, ...]  # in the order in which they are mentioned
 
 
 def make_names() -> list[str]:
     names = []
     for a, b in itertools.permutations(SYLLABLES, 2):
-        names += [(a + b).capitalize() + end for end in ("", "n", "l")]
+        names += [(a + b + end).capitalize() for end in ("", "n", "l")]
     random.Random(7).shuffle(names)
     return names
 
@@ -183,9 +184,8 @@ def tell(scene: Scene, rng: random.Random) -> str:
         return rng.choice(OPENINGS) + caption(scene) + "."
     if style < 0.8:
         return f"<Img>{symbols(scene, rng)}</Img>"
-    forms = [rng.choice(STATEMENTS)] * len(scene)
-    if style >= 0.9:
-        forms = [rng.choice(STATEMENTS) for _ in scene]
+    form = rng.choice(STATEMENTS)
+    forms = [form if style < 0.9 else rng.choice(STATEMENTS) for _ in scene]
     return " ".join(cap(form.format(o=o)) for form, o in zip(forms, scene))
 
 
@@ -213,7 +213,7 @@ def alt_text(scene: Scene, rng: random.Random, noise: float = 0.1) -> str:
 
 
 def wrong_object(o: Object, rng: random.Random) -> Object:
-    """One attribute drawn again, unless that would give a held-out pair."""
+    """One attribute drawn again (perhaps the same), unless that would give a held-out pair."""
     kind = rng.choice(("size", "color", "shape", "place"))
     wrong = o._replace(**{kind: rng.choice(VALUES[kind])})
     return o if held_pair((wrong,)) else wrong
@@ -239,9 +239,10 @@ class Question:
     truth: dict  # what `grade` looks for: {"color": {"red"}, ...}
     needs_scene: bool = False
     open: bool = False  # no single right wording: graded by constraints
+    ref: str | None = None  # how the question names its object
 
 
-# Published prompts of MiniGPT-4 (see train_vlm.py), which the toy models read, too.
+# Published prompts of MiniGPT-4 (see train_vlm.py). The toy models are trained on them, too.
 INSTRUCTIONS = ("Describe this image in detail.",
                 "Take a look at this image and describe what you notice.",
                 "Please provide a detailed description of the picture.",
@@ -348,7 +349,7 @@ def read_forms(text: str) -> dict[str, list[str]]:
 
 
 ASK = read_forms(FORMS)
-ASK["describe"][-2:-2] = [*INSTRUCTIONS, REQUEST]
+ASK["describe"][-2:-2] = [*INSTRUCTIONS, REQUEST]  # before the two that are held out
 SCENE_KINDS = ("color", "shape", "size", "where", "at", "count", "exists", "describe", "gone",
                "paint", "draw", "be", "story")
 OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
@@ -360,7 +361,7 @@ WRAPPERS = ("{}", "{}", "{}", "{}", "{}", "Please: {}", "Hi! {}", "One question.
 TYPO_WORDS = ("what", "which", "there", "tell", "describe", "write")  # may be misspelled
 
 
-def phrase(kind: str, rng: random.Random, unseen: bool = False, /, **words) -> str:
+def phrase(kind: str, rng: random.Random, unseen: bool = False, **words) -> str:
     """A question of the kind in one of its forms; sometimes wrapped, in lower case, without its
     question mark, or with a typo."""
     forms = ASK[kind][-2:] if unseen else ASK[kind][:-2]
@@ -370,7 +371,9 @@ def phrase(kind: str, rng: random.Random, unseen: bool = False, /, **words) -> s
         text = text[0].lower() + text[1:]
     text = wrapper.format(text)
     if rng.random() < 0.1:
-        text = text.rstrip("?.") if kind in ("town", "job") else text.lower().rstrip("?.")
+        text = text.rstrip("?.")
+        if kind not in ("town", "job"):  # names stay capitalized
+            text = text.lower()
     if rng.random() < 0.05 and kind not in ("town", "job", "sum", "legs", "loop"):
         text = add_typo(text, rng)
     return text
@@ -423,6 +426,7 @@ def answer_one(kind: str, scene: Scene, o: Object, ref: str, rng: random.Random)
     if kind == "paint":
         allowed = [c for c in COLORS if c != o.color and (c, o.shape) not in HELD_PAIRS]
         o = o._replace(color=rng.choice(allowed))
+    # The story depends on the object only, so that it can be predicted.
     blanks = dict(o=o, ref=ref, friend=FRIENDS[SHAPES.index(o.shape)],
                   wish=WISHES[COLORS.index(o.color) // 2], end=ENDINGS[SIZES.index(o.size)])
     full, short, attributes = ABOUT_ONE[kind]
@@ -467,16 +471,16 @@ def answer_all(kind: str, scene: Scene, o: Object, ref: str) -> Answer:
                   {"objects": set(rest)})
 
 
-def answer_exists(scene: Scene, o: Object, rng: random.Random, surely: bool) -> Answer | None:
-    """Is there a red ring? Yes if `surely`, otherwise yes or no."""
+def answer_exists(scene: Scene, o: Object, rng: random.Random, must_exist: bool) -> Answer | None:
+    """Is there a red ring? Yes if it must exist, otherwise yes or no, half the time each."""
     color, shape, truth = o.color, o.shape, "yes"
-    if not surely and rng.random() < 0.5:
+    if not must_exist and rng.random() < 0.5:
         # Mostly a color and a shape that are both there, but not on one object.
         color = rng.choice([x.color for x in scene] if rng.random() < 0.7 else COLORS)
         shape = o.shape if rng.random() < 0.7 else rng.choice(SHAPES)
         truth = "no"
         present = {(x.color, x.shape) for x in scene}
-        if (color, shape) in HELD_PAIRS | present:
+        if (color, shape) in (HELD_PAIRS | present):
             return None
     colors = list(dict.fromkeys(x.color for x in scene if x.shape == shape))
     if not colors:
@@ -508,16 +512,17 @@ def ask_scene(kind: str, scene: Scene, rng: random.Random, unseen: bool = False,
         return None
     words = dict(ref=ref, color=o.color, at=o.at) | a.words
     text, category = phrase(kind, rng, unseen, **words), CATEGORY.get(kind, "generic")
-    return Question(kind, category, text, a.full, a.short, a.truth, True, kind in OPEN)
+    return Question(kind, category, text, a.full, a.short, a.truth, needs_scene=True,
+                    open=kind in OPEN, ref=ref)
 
 
-def held_out(*key) -> bool:
+def held_out(a, b) -> bool:
     """Holds out one in six sums, comparisons and products."""
-    return zlib.crc32(repr(key).encode()) % 6 == 0
+    return zlib.crc32(repr((a, b)).encode()) % 6 == 0
 
 
 def pick_pair(kind: str, rng: random.Random, test: bool) -> Sequence:
-    """Two animals (their ranks) to compare, a thing and how many of it, or two numbers to add."""
+    """bigger: the ranks of two animals. legs: a thing, and how many of it. sum: two numbers."""
     while True:
         if kind == "bigger":
             pair = rng.sample(range(len(ANIMALS)), 2)
@@ -557,11 +562,9 @@ def answer_other(kind: str, rng: random.Random, test: bool) -> Answer:
     return Answer(f"{a} + {b} = {a + b}.", f"{a + b}.", {"last": {str(a + b)}}, dict(a=a, b=b))
 
 
-def ask_other(kind: str, rng: random.Random, split: str = "train",
-              unseen: bool = False) -> Question:
-    """A question without a scene. In another split than "train" it is held out (but not who, loop).
-    """
-    a = answer_other(kind, rng, split != "train")
+def ask_other(kind: str, rng: random.Random, test: bool = False, unseen: bool = False) -> Question:
+    """A question without a scene; with `test` a held-out one ("who" and "loop" have none)."""
+    a = answer_other(kind, rng, test)
     text = phrase(kind, rng, unseen, **a.words)
     return Question(kind, CATEGORY[kind], text, a.full, a.short, a.truth)
 
@@ -597,11 +600,9 @@ def fact(name: str, rng: random.Random) -> str:
 
 def animal_document(rng: random.Random) -> str:
     lines = []
-    while len(lines) < 4:
-        a, b = sorted(rng.sample(range(len(ANIMALS)), 2))
-        if held_out(a, b):
-            continue
-        big, small = an(ANIMALS[b]), an(ANIMALS[a])
+    for _ in range(4):
+        ranks = pick_pair("bigger", rng, test=False)
+        small, big = (an(ANIMALS[rank]) for rank in sorted(ranks))
         lines.append(rng.choice((
             f"{cap(big)} is bigger than {small}.", f"{cap(small)} is smaller than {big}.",
             f"{cap(big)} is larger than {small}.", f"Next to {big}, {small} is small.")))
@@ -611,8 +612,8 @@ def animal_document(rng: random.Random) -> str:
 def number_document(rng: random.Random) -> str:
     lines = []
     while len(lines) < 5:
-        a, b = rng.randint(0, 12), rng.randint(0, 12)
-        what, n = rng.choice(sorted(LEGS)), rng.randint(2, 6)
+        a, b = rng.randint(0, 12), rng.randint(0, 12)  # for a sum
+        what, n = rng.choice(sorted(LEGS)), rng.randint(2, 6)  # or for a product
         part, each = LEGS[what]
         if rng.random() < 0.7 and not held_out(a, b):
             lines.append(rng.choice((f"{a} + {b} = {a + b}.", f"{a} plus {b} is {a + b}.")))
@@ -625,7 +626,7 @@ def number_document(rng: random.Random) -> str:
 
 
 def odd_document(rng: random.Random) -> str:
-    """Names in use, and code."""
+    """Someone is called by name, or one line of code."""
     name, word, n = rng.choice(USERS), rng.choice(WORDS), rng.randint(2, 9)
     return rng.choice((
         f"Someone came in and said: my name is {name}. Good day, {name}! So {name} sat down and "
@@ -635,8 +636,8 @@ def odd_document(rng: random.Random) -> str:
 
 
 def scene_document(rng: random.Random) -> str:
-    """A scene described three times, then statements about it. Repetition makes more of the text
-    predictable: the noise of unpredictable tokens hides the signal to retrieve."""
+    """A scene described three times, then ten statements about it. Repetition makes more tokens
+    predictable; the loss of unpredictable ones is noise that hides the signal for retrieval."""
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
     # Color and place are most frequent, since they are learned last.
@@ -650,8 +651,8 @@ def scene_document(rng: random.Random) -> str:
         elif q := ask_scene(kind, scene, rng, about=o):
             lines.append(q.full)
     if rng.random() < 0.5:
-        kinds = ("count", "gone", "paint", "draw", "be", "story")
-        while not (q := ask_scene(rng.choice(kinds), scene, rng)):
+        last_kinds = ("count", "gone", "paint", "draw", "be", "story")
+        while not (q := ask_scene(rng.choice(last_kinds), scene, rng)):
             pass
         lines.append(suppose(q) if q.kind in ("gone", "paint") else q.full)
     return " ".join(lines)
@@ -659,16 +660,16 @@ def scene_document(rng: random.Random) -> str:
 
 def suppose(q: Question) -> str:
     """A counterfactual in plain text: what the question supposes, then what follows."""
-    shapes = "|".join(SHAPES)
-    ref = re.search(rf"the ((?:\w+ )*?(?:{shapes}))", q.text.lower())[1]
-    change = "gone" if q.kind == "gone" else next(iter(q.truth["color"]))
-    return f"Suppose the {ref} were {change}. {q.full}"
+    change = "gone"
+    if q.kind == "paint":
+        (change,) = q.truth["color"]
+    return f"Suppose the {q.ref} were {change}. {q.full}"
 
 
 # -- instructions and conversations ---------------------------------------------------------------
 
 def instruction(rng: random.Random) -> dict:
-    """An Alpaca record: a question, the scene as its input, a terse answer."""
+    """An Alpaca record, with its kind: a question, the scene as its input, a terse answer."""
     if rng.random() < 0.3:
         q = ask_other(rng.choice(OTHER_KINDS), rng)
         return dict(instruction=q.text, input="", output=q.short, kind=q.kind)
@@ -729,11 +730,12 @@ class Dialogue:
         self.add_round(asked, f"Hello {self.name}, nice to meet you!")
 
     def ask(self, kind: str) -> Question | None:
-        """A question of the kind, if it can be asked now. The kinds "intro" and, the first time,
-        "word" add a round without one."""
+        """A question of this kind, or None if it cannot be asked now. "intro", and "word" the first
+        time, are statements: they add their round and return None."""
         last, unseen = self.is_last(), self.split == "phrasings"
         if kind == "intro" and not self.name and not last:
             self.introduce()
+            return None
         if kind == "name" and self.name:
             text = phrase("name", self.rng, unseen)
             return Question("name", "memory", text, f"Your name is {self.name}.", self.name,
@@ -747,26 +749,24 @@ class Dialogue:
         if kind == "it" and self.focus:
             return self.ask_about(self.focus)
         if kind in ("who", *OTHER_KINDS):
-            split = "facts" if last and self.split == "facts" else "train"
-            return ask_other(kind, self.rng, split, unseen and last)
+            return ask_other(kind, self.rng, unseen=unseen and last)
         if kind in SCENE_KINDS:
-            target = held_pair(self.scene) if last and self.split == "pairs" else None
+            target = held_pair(self.scene) if last else None  # None unless the split is "pairs"
             return ask_scene(kind, self.scene, self.rng, unseen and last, target)
         return None
 
     def ask_word(self) -> Question | None:
         """Defines a new word, or asks about the one that was defined."""
-        o = held_pair(self.scene) if self.split == "pairs" else None
-        o = o or self.rng.choice(self.scene)
+        o = held_pair(self.scene) or self.rng.choice(self.scene)
+        if self.word:
+            return self.ask_about(*self.word)
         ref = refer(o, self.scene)
-        if self.word is None:
-            if ref and not self.is_last():
-                word = self.rng.choice(NEW_NONSENSE if self.split == "names" else NONSENSE)
-                self.word = o, word
-                asked = self.rng.choice(NAMING).format(ref, word)
-                self.add_round(asked, f"Good, the {ref} is a {word}.")
-            return None
-        return self.ask_about(*self.word)
+        if ref and not self.is_last():
+            word = self.rng.choice(NEW_NONSENSE if self.split == "names" else NONSENSE)
+            self.word = o, word
+            asked = self.rng.choice(NAMING).format(ref, word)
+            self.add_round(asked, f"Good, the {ref} is a {word}.")
+        return None
 
     def ask_about(self, o: Object, word: str = "") -> Question:
         """About the color, place or size of an object that the user calls `word`, or "it"."""
@@ -777,9 +777,10 @@ class Dialogue:
         truth = {attribute: {value}}
         if not word:
             return Question("it", "memory", self.rng.choice(IT[kind]), f"It is {said}.", said,
-                            truth, True)
+                            truth, needs_scene=True)
         text = phrase(kind, self.rng, self.split == "phrasings", ref=word)
-        return Question("word", "memory", text, f"The {word} is {said}.", said, truth, True)
+        return Question("word", "memory", text, f"The {word} is {said}.", said, truth,
+                        needs_scene=True)
 
     def tell_scene(self) -> str:
         """The scene in words or bare symbols, with an introduction."""
@@ -823,8 +824,8 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
 def conversation(rng: random.Random) -> dict:
     """A ShareGPT record: a few rounds with full answers.
 
-    In one of twenty, the user sends bare symbols and gets alt-text back. It keeps fine-tuning from
-    forgetting what pre-training has learned about them.
+    In one of twenty, the user sends bare symbols and gets alt-text back, so that fine-tuning does
+    not forget them.
     """
     if rng.random() < 0.05:
         scene = pick_scene(rng)
@@ -852,8 +853,7 @@ def objects_in(text: str) -> set[Object]:
 
 
 def found(what: str, answer: str, truth=frozenset()) -> set:
-    """What an answer says about one thing that was asked: the colors it names, its last number, ...
-    """
+    """What an answer says about one field, for example the set of colors it names."""
     text = " ".join(answer.lower().split())
     if what in VALUES:
         return {w for w in VALUES[what] if re.search(rf"\b{w.lower()}\b", text)}
@@ -883,12 +883,13 @@ def grade(question: Question, answer: str) -> float:
 
 
 def repair_caption(text: str) -> str:
-    """The oracle as a text-only teacher: keeps the objects that are described completely, one per
+    """A rule-based text-only teacher: keeps the objects that are described completely, one per
     place, in one sentence. "INCOMPLETE" if there is none."""
     pattern = rf"\b({_SIZE}) ({_COLOR}) ({_SHAPE})\W* (?:at )?({_PLACE})\b"
     by_place: dict = {}
     for words in re.findall(pattern, " ".join(text.lower().split())):
-        by_place.setdefault(words[3], Object(*words))
+        o = Object(*words)
+        by_place.setdefault(o.place, o)
     if not by_place:
         return "INCOMPLETE"
     return f"There is {caption(tuple(by_place.values()))}."
@@ -927,7 +928,7 @@ def belongs(item: Item, split: str) -> bool:
 
 
 def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
-    """n questions of a held-out split, each at the end of a conversation; always the same ones."""
+    """n questions of a held-out split, each at the end of a conversation; the same for a seed."""
     rng = random.Random(f"{split} {seed}")
     items = []
     while len(items) < n:
@@ -935,7 +936,7 @@ def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
             items += minimal_pair(rng)
         elif split in ("facts", "closed"):
             kinds = ("town", "job") if split == "facts" else ("bigger", "legs", "sum", "loop")
-            q = ask_other(rng.choice(kinds), rng, split)
+            q = ask_other(rng.choice(kinds), rng, test=True)
             items.append(Item([["user", q.text]], q, split, False))
         else:
             many, few, usual = rng.randint(6, 8), rng.randint(2, 4), rng.choice((1, 1, 2, 3, 4))
@@ -943,7 +944,7 @@ def test_set(split: str, n: int, seed: int = 1) -> list[Item]:
             item = converse(rng, "scenes" if split == "later" else split, rounds)
             if belongs(item, split):
                 items.append(item)
-    return items
+    return items[:n]  # minimal pairs come in twos
 
 
 # -- files in the public formats ------------------------------------------------------------------
