@@ -83,8 +83,8 @@ class Run:
         self.signal = number
 
     def sync(self, loss: float) -> float:
-        """The loss of the whole batch, summed over the processes. With it they agree whether to
-        stop (if one got a signal) or to save (by the timer of rank 0): all must do it together."""
+        """Sums the loss over all processes. They also agree here whether to stop (any of them got a
+        signal) or to save (rank 0's timer), since they must do it together."""
         elapsed = time.perf_counter() - self.saved_at
         due = self.machine.rank == 0 and elapsed > 60 * self.cfg.save_minutes
         loss, signals, saving = self.machine.total(loss, bool(self.signal), due)
@@ -92,7 +92,7 @@ class Run:
         return loss
 
     def check_finite(self, step: int, loss: float, norm: float) -> None:
-        """Saves and raises UserError if the update would be NaN or infinite."""
+        """Saves the weights and raises UserError if the loss or the gradient is not finite."""
         if not math.isfinite(loss + norm):
             self.save(step)
             raise UserError(f"{self.name}: loss {loss}, gradient norm {norm} at step {step}; the "
@@ -100,8 +100,8 @@ class Run:
                             "--learning_rate in another --out")
 
     def log(self, step: int, loss: float, norm: float, batch: tuple) -> None:
-        seconds = time.perf_counter() - self.step_began
-        self.step_began = time.perf_counter()
+        now = time.perf_counter()
+        seconds, self.step_began = now - self.step_began, now
         self.seconds += seconds
         self.losses.append(loss)
         tokens = self.cfg.batch_size * self.cfg.seq_len
@@ -115,17 +115,17 @@ class Run:
         self.bar.set_postfix_str(status, refresh=False)
 
     def utilization(self, batch: tuple, seconds: float) -> str:
-        """For the progress bar: FLOP/s of the last step in % of the measured peak. Only a language
-        model's are known."""
+        """For the progress bar: the last step's FLOP/s in % of the measured peak. Empty for a
+        network without a LLaMA."""
         llama = language_model(self.net)
         if not isinstance(llama, model.LLaMA):
             return ""
-        # frozen weights need no weight gradients
+        tokens, labels, segments, *_ = batch
+        supervised = model.count_targets(labels, segments)
+        # frozen weights need no gradients of their own, but pass them on
         frozen = not llama.layers[0].attention.wq.weight.requires_grad
-        tokens, labels, segments = batch[:3]
-        flops = train_flops(llama.config, tokens.numel(),
-                                  model.count_targets(labels, segments), self.cfg.seq_len,
-                                  passes=2 if frozen else 3)
+        flops = train_flops(llama.config, tokens.numel(), supervised, self.cfg.seq_len,
+                            passes=2 if frozen else 3)
         return f", {100 * flops / seconds / self.machine.peak_flops:.0f}% of peak"
 
     def save_if_due(self, step: int) -> None:
@@ -150,7 +150,7 @@ class Run:
             adapters = None
             if self.cfg.lora_rank:
                 weights, adapters = model.merge_lora(weights)
-            else:  # frozen weights are in other checkpoints
+            else:  # frozen weights are stored in the checkpoint that they came from
                 frozen = {n for n, p in self.net.named_parameters() if not p.requires_grad}
                 weights = {n: w for n, w in weights.items() if n not in frozen}
             loss = self.losses[-1] if self.losses else None
@@ -158,7 +158,7 @@ class Run:
             checkpoint.save(self.folder, language_model(self.net), meta, self.tokenizer.path,
                             optimizer, weights, adapters)
         self.machine.barrier()
-        self.saved_at = self.step_began = time.perf_counter()
+        self.saved_at = self.step_began = time.perf_counter()  # saving is not part of a step
 
 
 # -- resuming -------------------------------------------------------------------------------------
@@ -211,8 +211,10 @@ def load_resume(path: Path, meta: dict, machine: Machine, network) -> Resume:
     return Resume(net, adapters, meta["step"], optimizer, meta)
 
 
+# -- what the user is told ------------------------------------------------------------------------
+
 def announce(name: str, cfg, net, parent: str, rows) -> None:
-    """Prints what is about to be trained, on what, and how."""
+    """Prints the model, its data and the settings."""
     total = sum(p.numel() for p in net.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     words = f"{total / 1e6:.1f} M parameters"
@@ -230,7 +232,7 @@ def announce_resume(name: str, cfg, resume: Resume, machine: Machine) -> None:
     now = {**checkpoint.environment(), "processes": machine.world}
     for key, value in now.items():
         if resume.meta.get(key) != value:
-            print(f"  {key} was {resume.meta.get(key)}, is {value}: results may not be "
+            print(f"  {key} was {resume.meta.get(key)}, is now {value}: results may not be "
                   "bit-identical")
 
 
@@ -253,7 +255,7 @@ def explain_errors(cfg, machine: Machine, folder: Path):
                 advice.append("--lora_rank=8")
             options = ", ".join([*advice, "a smaller --seq_len"])
             raise UserError(f"out of memory. Try {options}; `python -m tools.estimate --preset=7B "
-                            "--gpus=8` estimates what a size needs") from None
+                            "--gpus=8` estimates what a model needs") from None
         if machine.sharded and (isinstance(error, dist.DistError) or re.search("gloo|NCCL", text)):
             reason = text.split(". ")[0]
             raise UserError(f"rank {machine.rank} lost another process ({reason}); the checkpoints "
