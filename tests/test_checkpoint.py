@@ -1,9 +1,7 @@
 """Tests of tools/checkpoint.py: a crash, a full disk or a damaged file never costs more than the
 newest step, and never gives wrong weights."""
 
-import dataclasses
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -43,103 +41,76 @@ def save(folder, m, step: int, **options) -> Path:
 def test_save_and_load(folder, tied):
     m = tiny(tied=tied, norm_eps=1e-5, rope_scaling=2.0)
     step = save(folder, m, 400, optimizer={"lr": torch.tensor(0.5)})
-    files = ["meta.json", "model.pt", "optim.pt", "tokenizer.model"]
-    assert sorted(file.name for file in step.iterdir()) == files
+    assert checkpoint.read(step / "optim.pt") == {"lr": torch.tensor(0.5)}
     for path in (folder, step):  # the run, or one step of it
         loaded, tokenizer, meta = checkpoint.load(path)
         assert same_weights(m, loaded), "a round trip must be bit-equal"
-        assert dataclasses.asdict(loaded.config) == dataclasses.asdict(m.config)
+        assert loaded.config == m.config
         assert not loaded.training, "a loaded model is ready to be used"
         assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
         assert tokenizer.read_bytes() == b"pieces" and meta["step"] == 400
         assert meta["torch"] == torch.__version__ and meta["threads"] == torch.get_num_threads()
     tokens = torch.randint(3, 50, (1, 5))
     assert torch.equal(m(tokens), loaded(tokens))
-    config, tokenizer, meta = checkpoint.peek(folder)
-    assert config == m.config and tokenizer.read_bytes() == b"pieces" and meta["step"] == 400
-
-
-def test_weights_and_adapters_in_place_of_the_models_own(folder):
-    """Under FSDP the whole weights are gathered; of LoRA the merged ones are saved, and the
-    adapters by themselves."""
-    m, gathered = tiny(), tiny()
-    adapters = {"layers.0.attention.wq.lora_a": torch.ones(2, 32)}
-    step = save(folder, m, 1, weights=gathered.state_dict(), adapters=adapters)
-    assert same_weights(checkpoint.load(folder)[0], gathered)
-    assert torch.equal(checkpoint.read(step / "lora.pt")[next(iter(adapters))], torch.ones(2, 32))
+    assert checkpoint.peek(folder) == (m.config, tokenizer, meta)
 
 
 def test_a_file_of_what_was_trained_fills_a_network(folder):
-    """One layer between frozen parts: the rest stays as it is in the network that is given. What is
-    not frozen has to be in the file."""
-    m, network = tiny(), tiny().requires_grad_(False)
-    frozen = {name: p.clone() for name, p in network.state_dict().items()}
-    save(folder, m, 1, weights={"norm.weight": torch.full((32,), 2.0)})
+    """One layer between frozen parts. What is not frozen has to be in the file; without the frozen
+    parts, it is no model. (test_vlm.py compares the weights.)"""
+    network = tiny().requires_grad_(False)
+    save(folder, network, 1, weights={"norm.weight": torch.full((32,), 2.0)})
     loaded, _, _ = checkpoint.load(folder, network=network)
     assert loaded is network and (loaded.norm.weight == 2).all()
-    frozen["norm.weight"] = loaded.norm.weight
-    assert all(torch.equal(p, frozen[name]) for name, p in loaded.state_dict().items())
-    with pytest.raises(UserError, match="does not fit the config in meta.json") as caught:
+    with pytest.raises(UserError, match="does not fit the config"):
         checkpoint.load(folder)
-    assert "\n" not in str(caught.value)
     network.output.requires_grad_(True)
     with pytest.raises(UserError, match="output.weight"):
         checkpoint.load(folder, network=network)
 
 
-@pytest.mark.parametrize("order, kept", [
-    ((100, 200, 300), {200, 300}), ((999_999, 1_000_000, 1_000_001), {1_000_000, 1_000_001}),
-    ((300, 400, 100), {400, 100}), ((100, 200, 200), {100, 200})],
+@pytest.mark.parametrize("order, before", [
+    ((100, 200, 300), 200), ((999_999, 1_000_000, 1_000_001), 1_000_000),
+    ((300, 400, 100), 400), ((100, 200, 200), 100)],
     ids=["usual", "a million steps", "a new run in an old folder", "the same step again"])
-def test_two_are_kept_and_the_newest_is_one(folder, order, kept):
+def test_two_are_kept_and_the_newest_is_one(folder, order, before):
     """By name, step-1000000 comes before step-999999; and a new run in an old folder begins below
     the last step of the old one. The newest must never be the one that is deleted."""
     for step in order:
         newest = tiny()
         save(folder, newest, step)
-    loaded, _, meta = checkpoint.load(folder)
-    assert meta["step"] == order[-1] and same_weights(loaded, newest)
-    (before,) = kept - {order[-1]}
+    assert same_weights(checkpoint.load(folder)[0], newest)
     names = [step.name for step in checkpoint.history(folder)]
     assert names == [f"step-{order[-1]:06d}", f"step-{before:06d}"]
 
 
-def fail_at(call: int, error: BaseException, original):
-    """A function whose n-th call raises; torch.save leaves half a file behind."""
-    calls = []
+@pytest.mark.parametrize("module, name, call, step", [
+    (torch, "save", 1, 3), (os, "fsync", 1, 3), (os, "rename", 1, 3), (os, "replace", 1, 3),
+    # step 2 again: the old one makes room, and the new one takes its name
+    (os, "rename", 1, 2), (os, "rename", 2, 2)])
+@pytest.mark.parametrize("error", [RuntimeError("writing failed"), KeyboardInterrupt()],
+                         ids=["torch's disk full", "killed"])
+def test_an_interrupted_save(folder, monkeypatch, module, name, call, step, error):
+    """Whatever happens while writing, a complete checkpoint stays loadable, and the next save
+    works."""
+    original, calls = getattr(module, name), []
 
     def fail(*given, **named):
         calls.append(given)
         if len(calls) < call:
             return original(*given, **named)
-        if original is torch.save:
+        if name == "save":
             Path(given[1]).write_bytes(b"half a fi")
         raise error
-    return fail
 
-
-CALLS = {"torch.save": torch.save, "os.fsync": os.fsync, "os.rename": os.rename,
-         "os.replace": os.replace}
-
-
-@pytest.mark.parametrize("name, call, step", [
-    ("torch.save", 1, 3), ("os.fsync", 1, 3), ("os.rename", 1, 3), ("os.replace", 1, 3),
-    # step 2 again: the old one makes room, and the new one takes its name
-    ("os.rename", 1, 2), ("os.rename", 2, 2), ("os.replace", 1, 2)])
-@pytest.mark.parametrize("error", [RuntimeError("writing failed"), KeyboardInterrupt()],
-                         ids=["torch's disk full", "killed"])
-def test_an_interrupted_save(folder, monkeypatch, name, call, step, error):
-    """Whatever happens while writing, a complete checkpoint stays loadable, and the next save
-    works."""
     first, before, new = tiny(), tiny(), tiny()
     save(folder, first, 1)
     save(folder, before, 2)
-    monkeypatch.setattr(name, fail_at(call, error, CALLS[name]))
+    monkeypatch.setattr(module, name, fail)
     with pytest.raises((OSError, RuntimeError, KeyboardInterrupt)) as caught:
         save(folder, new, step)
-    if name == "torch.save" and isinstance(error, RuntimeError):
+    if name == "save" and isinstance(error, RuntimeError):
         assert isinstance(caught.value, OSError), "a full disk is a RuntimeError in torch"
-        assert "earlier checkpoints are intact" in str(caught.value)
         assert not list(folder.glob(".step-*")), "the half-written folder takes the room"
     monkeypatch.undo()
     loaded = checkpoint.load(folder)[0]
@@ -153,11 +124,10 @@ def test_an_interrupted_save(folder, monkeypatch, name, call, step, error):
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     """A rename may reach the disk before the content of the file. After a power failure there would
     be a checkpoint with empty files."""
-    safe, fsync, rename, replace = set(), os.fsync, os.rename, os.replace
+    safe, rename, replace = set(), os.rename, os.replace
 
     def to_disk(descriptor: int) -> None:
         safe.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
 
     def rename_safely(source, target) -> None:
         assert {file.stat().st_ino for file in (source, *source.iterdir())} <= safe
@@ -214,22 +184,18 @@ def test_damage_to_meta_or_tokenizer_is_noticed(folder):
     step = save(folder, tiny(), 1)
     meta, tokenizer = step / "meta.json", step / "tokenizer.model"
     good = meta.read_text()
-    for damaged, message in ((good.replace('"rope_theta": 10000', '"rope_theta": 20000'),
-                              "meta.json or tokenizer.model.*damaged"),
-                             (good[:20], "meta.json is damaged")):
+    for damaged in (good.replace('"rope_theta": 10000', '"rope_theta": 20000'), good[:20]):
         meta.write_text(damaged)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="meta.json.*damaged"):
             checkpoint.load(folder)
     meta.write_text(good)
-    checkpoint.load(folder)
     tokenizer.write_bytes(b"pieceS")
-    with pytest.raises(UserError, match="meta.json or tokenizer.model.*damaged"):
+    with pytest.raises(UserError, match="tokenizer.model.*damaged"):
         checkpoint.load(folder)
 
 
 def test_a_missing_file_is_not_called_damaged(folder):
-    step = save(folder, tiny(), 1)
-    (step / "optim.pt").unlink(missing_ok=True)
+    step = save(folder, tiny(), 1)  # without an optimizer
     with pytest.raises(FileNotFoundError):
         checkpoint.read(step / "optim.pt")
 
@@ -252,22 +218,17 @@ def test_no_code_from_a_pickle(folder, tmp_path):
 
 
 def test_fingerprint(folder, tmp_path):
-    """The same weights have the same one wherever they are saved, and other weights another. The
-    files are not read: MiniGPT-4's parts may be large."""
+    """The same weights have the same one wherever they are saved; of published files, the size
+    counts. (test_teacher.py trains further: another one.)"""
     m = tiny()
-    step = save(folder, m, 1)
-    again = save(tmp_path / "out" / "copy", m, 7)
-    assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(again)
-    assert re.fullmatch("[0-9a-f]{8}", checkpoint.fingerprint(step))
-    m.norm.weight.data[0] += 1e-6
-    assert checkpoint.fingerprint(save(folder, m, 2)) != checkpoint.fingerprint(again)
-    published = tmp_path / "published"
-    published.mkdir()
-    (published / "config.json").write_text("{}")
-    (published / "model.safetensors").write_bytes(b"12345")
-    first = checkpoint.fingerprint(published)
-    (published / "model.safetensors").write_bytes(b"123456")
-    assert checkpoint.fingerprint(published) != first
+    save(folder, m, 1)
+    copy = save(tmp_path / "out" / "copy", m, 7)
+    assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(copy)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    first = checkpoint.fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"123456")
+    assert checkpoint.fingerprint(tmp_path) != first
 
 
 def test_the_committed_model_loads():

@@ -5,7 +5,6 @@
 
 import gzip
 import json
-import random
 
 import pytest
 
@@ -23,57 +22,55 @@ def said(*pairs) -> dict:
     return dict(conversations=[{"from": role, "value": text} for role, text in pairs])
 
 
-def openai(*pairs) -> dict:
-    return dict(messages=[dict(role=role, content=text) for role, text in pairs])
-
-
-def task(instruction, output, **extra) -> dict:
-    return dict(instruction=instruction, output=output, **extra)
-
-
 def write(path, records):
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     return path
 
 
+def check_reasons(report, reasons: list[str]) -> None:
+    """The report has one entry for each of these reasons, in this order."""
+    entries = [entry for _, entry in report.entries]
+    assert len(entries) == len(reasons), entries
+    for reason, entry in zip(reasons, entries):
+        assert reason in entry
+
+
 QA = [["Q", "A"]]
 GONE = [["Go.", "Gone."]]
-ROLES = [("user", "assistant"), ("Human", "GPT"), ("prompter", "bing"), ("USER", "chatgpt")]
-NO_TEXT = [None, 5, ["x"], {"x": 1}, "", " \n\t", "\u200b\ufeff", "\x00\x07"]
 
 # (record or records, texts of each conversation that comes out, reasons in the report)
 CASES = [
     # the order of messages
     (said(("gpt", "Hi"), ("gpt", "Ho"), ("human", "Q"), ("gpt", "A")), QA,
      ["leading reply"] * 2),
-    (said(("human", "Q"), ("human", "R"), ("gpt", "A")), [["Q\nR", "A"]], ["merged consecutive"]),
-    (said(("human", "Q"), ("gpt", "A"), ("gpt", "B")), [["Q", "A\nB"]], ["merged consecutive"]),
+    (said(("human", "Q"), ("human", "R"), ("gpt", "A"), ("gpt", "B")), [["Q\nR", "A\nB"]],
+     ["merged consecutive"] * 2),
     (chat("Q", "A", "R"), QA, ["unanswered last question"]),
     # no conversation at all
     (chat("Q"), [], ["no reply"]),
-    *[({"conversations": odd}, [], ["no reply"]) for odd in (None, [], {}, "Q")],
-    *[({"conversations": [odd]}, [], ["unknown role"]) for odd in (None, [], {"from": ["gpt"]})],
+    *[({"conversations": odd}, [], ["no reply"]) for odd in (None, "Q")],
+    *[({"conversations": [odd]}, [], ["unknown role"]) for odd in (None, {"from": ["gpt"]})],
     ([None, 5, "x", []], [], ["no conversation"] * 4),
     # roles
-    *[(chat("Q", "A", roles=roles), QA, []) for roles in ROLES],
+    *[(chat("Q", "A", roles=roles), QA, []) for roles in (("prompter", "bing"), ("USER", "GPT"))],
     (said(("human", "Q"), ("system", "S"), ("gpt", "A")), QA, ["used the last system prompt"]),
-    (openai(("system", ""), ("user", "Q"), ("assistant", "A")), QA, []),
     (said(("human", "Q"), ("tool", "3"), ("gpt", "A")), [], ["unknown role"]),
-    ({"messages": [{"role": "user", "content": "Q"}, {"from": "gpt", "value": "A"}]}, QA, []),
     # messages without text
-    *[(chat("Q", "A", value, "B"), QA, ["empty message"]) for value in NO_TEXT],
+    *[(chat("Q", "A", value, "B"), QA, ["empty message"])
+      for value in (None, 5, {"x": 1}, " \n\t", "\u200b\ufeff")],
     (chat("Q", "A", "R", ""), QA, ["empty message", "unanswered last question"]),
-    (openai(("user", [{"type": "text", "text": "Q"}]), ("assistant", "A")), QA, []),
+    # OpenAI's format, also mixed with ShareGPT's
+    ({"messages": [{"role": "system", "content": ""}, {"from": "gpt", "value": "A"},
+                   {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                   {"role": "assistant", "content": "A"}]}, QA, ["leading reply"]),
     # half an emoji: JSON can spell it, UTF-8 cannot, and it must not end the training
     (chat("cut \ud83d", "whole 🙂"), [["cut ?", "whole 🙂"]], []),
-    *[(chat("Q", "A", id=name), QA, []) for name in (7, None, "", "\ud7ff")],
+    *[(chat("Q", "A", id=name), QA, []) for name in (7, None)],
     # Alpaca
-    (task("Go.", "Gone."), GONE, []),
     (dict(instruction="Go.", response="Gone."), GONE, []),
-    (task("Go.", None), [], ["no reply"]),
-    (task(" ", "Gone."), [], ["no reply"]),
-    (task(["Go."], "Gone."), [], ["no reply"]),
-    (task("Go.", "Gone.", input=["5"]), [], ["no conversation"]),
+    (dict(instruction="Go.", output=None), [], ["no reply"]),
+    (dict(instruction=" ", output="Gone."), [], ["no reply"]),
+    (dict(instruction="Go.", input=["5"], output="Gone."), [], ["no conversation"]),
     (dict(instruction="Go.", instances=[dict(input="", output="A"), dict(input="", output="B")]),
      [["Go.", "A"], ["Go.", "B"]], []),
     (dict(instruction="Go.", instances=[]), [], ["no conversation"]),
@@ -86,24 +83,20 @@ def test_bad_input(tmp_path, record, want, reasons):
     it comes out untouched."""
     records = record if isinstance(record, list) else [record]
     good = ["What is a cat?", "An animal with whiskers."]
-    first = task(*good, id="good") if "instruction" in str(record) else chat(*good, id="good")
+    first = chat(*good, id="good")
+    if "instruction" in str(record):
+        first = dict(id="good", instruction=good[0], output=good[1])
     report = data.Report()
     found = data.load_conversations(write(tmp_path / "people.json", [first, *records]), report)
     assert found[0].id == "good"
     assert [[t.text for t in c.turns] for c in found] == [good, *want]
-    entries = [reason for _, reason in report.entries]
-    assert len(entries) == sum(report.values()) == len(reasons), report
-    for reason in reasons:
-        match = next((entry for entry in entries if reason in entry), None)
-        assert match, f"{reason} is not in {entries}"
-        entries.remove(match)
+    check_reasons(report, reasons)
 
 
-@pytest.mark.parametrize("given, want", [
-    ("5", "5"), (None, ""), ("<noinput>", ""), ("No input", ""), ("N/A", ""), ("  ", "")])
+@pytest.mark.parametrize("given, want", [("5", "5"), (None, ""), ("<noinput>", ""), ("N/A", "")])
 def test_input_of_alpaca(tmp_path, given, want):
     """A single character is an input, too; what says that there is none is not."""
-    file = write(tmp_path / "tasks.json", [task("Go.", "Gone.", input=given)])
+    file = write(tmp_path / "tasks.json", [dict(instruction="Go.", input=given, output="Gone.")])
     (found,) = data.load_conversations(file)
     assert found.turns[0] == data.Turn("user", "Go.", want)
 
@@ -120,31 +113,24 @@ LINE = json.dumps(chat("Q", "A"))
 # (content, number of conversations, or what the one-line error says)
 FILES = [
     (f"[{LINE}, {LINE}]", 2),
-    (f"{LINE}\n{LINE}", 2),
     (f"\r\n{LINE}\r\n\r\n\r\n{LINE}\r\n", 2),
     (gzip.compress(LINE.encode()), 1),
     (json.dumps(chat("Q", "A"), indent=2), 1),
     (b"\xef\xbb\xbf" + LINE.encode(), 1),
     ('{"a": NaN, "b": "\u2028", ' + LINE[1:] + "\n" + LINE, 2),
     # broken JSON
-    (f"[\n{LINE},\n{LINE},\n]", "broken JSON at line 3|broken JSON at line 4"),
     (f"[\n{LINE}\n{LINE}]", "broken JSON at line 3"),
-    (f"[\n{LINE},\n", "broken JSON at line 3"),
     (f"{LINE}\n\n{LINE[:-5]}", "broken JSON at line 3"),
-    (f"{LINE}\n{{'a': 1}}\n{LINE}", "broken JSON at line 2"),
-    (f"{LINE}\noops\n", "broken JSON at line 2"),
+    (f"{LINE}\noops\n{LINE}", "broken JSON at line 2"),
     ('{"conversations": ' + "[" * 100000, "line 1: .*recursion"),
     # not UTF-8, damaged, empty
     (f"{LINE}\n".encode() + b'{"a": "caf\xe9"}', r"not UTF-8 \(line 2\)"),
-    (LINE.encode("utf-16"), "not UTF-8"),
     (gzip.compress(LINE.encode())[:-9], "corrupt gzip"),
     (gzip.compress(LINE.encode())[:12] + b"xxxx" * 9, "corrupt gzip"),
     (b"\xef\xbb\xbf \r\n", "is empty"),
     # plain text that only begins like JSON, documents, and what is of no kind
-    ("{ a brace begins this story", "not conversations"),
     ('{"quoted" words} in a play', "not conversations"),
     ("[Scene 1. A castle.]\nEnter KING", "not conversations"),
-    ('["Yes," she said.]', "not conversations"),
     ('{"text": "a document"}', "not conversations"),
     ('[{"a": 1, "b": 2}]', "with the keys a, b"),
     ("[]", "no objects"),
@@ -170,38 +156,25 @@ def test_bad_file(tmp_path, content, want):
 def test_documents(tmp_path, capsys):
     """JSON lines with a "text" each, or a plain text. Records without text are left out, and that
     is said."""
-    file = tmp_path / "texts.json"
-    write(file, [dict(text="One."), dict(text=" "), dict(id=3), dict(text="Two.")])
+    file = write(tmp_path / "texts.json", [dict(text="One."), dict(text=" "), dict(text="Two.")])
     assert data.load_documents(file) == ["One.", "Two."]
-    assert "skipped 2 of 4 records" in capsys.readouterr().out
-    write(file, [chat("Q", "A")])
+    assert "skipped 1 of 3 records" in capsys.readouterr().out
     with pytest.raises(UserError, match="conversations"):
-        data.load_documents(file)
-    for text in ("Once there was a cat.", "[Scene 1. A castle.]\nEnter KING"):
-        file.write_text(text)
-        assert data.load_documents(file) == [text]
+        data.load_documents(write(file, [chat("Q", "A")]))
+    text = "[Scene 1. A castle.]\nEnter KING"
+    file.write_text(text)
+    assert data.load_documents(file) == [text]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_saved_and_loaded_again(tmp_path, name):
-    """Nothing changes on the way through a file, as lines or as an array."""
-    rng, chats = random.Random(0), []
-    for i in range(20):
-        texts = ["".join(chr(rng.randrange(0xd800)) for _ in range(9)) + "x" for _ in range(4)]
-        turns = [data.Turn(("user", "assistant")[k % 2], text) for k, text in enumerate(texts)]
-        chats.append(data.Conversation(turns, str(i), extra={"k": [i]}))
+    """Nothing changes on the way through a file, as an array or as lines."""
+    texts = [" a\u2028b\n", "한국어 🙂", '\\n "{}" \x00', "\r\n\tx"]
+    turns = [data.Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    chats = [data.Conversation(turns, "0", "S", {"k": [1]}), data.Conversation(turns[:2], "1")]
     report = data.Report()
-    assert data.save_conversations(chats, tmp_path / name) == 20
+    assert data.save_conversations(chats, tmp_path / name) == 2
     assert data.load_conversations(tmp_path / name, report) == chats and not report
-
-
-def test_render_file(tmp_path):
-    """Every conversation of the file, in its order."""
-    tokenizer = data.train_tokenizer(["the cat sat"] * 9, 300, tmp_path / "t.model")
-    file = write(tmp_path / "chats.json", [chat("Q" * (i + 1), "A" * i + "!") for i in range(5)])
-    examples = data.render_file(file, "alpaca", tokenizer, data.Report())
-    want = [data.render(c, "alpaca", tokenizer) for c in data.load_conversations(file)]
-    assert [(e.tokens.tolist(), e.labels.tolist()) for e in examples] == want
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -16,7 +16,6 @@ from test_teacher import KEY, fake  # noqa: F401  (fake is a fixture)
 from tools import teacher
 from tools.config import UserError
 from tools.report import agreement
-from toy import world
 
 ROOT = Path(judge.__file__).parent
 MICRO = ROOT / "tests" / "micro"
@@ -45,57 +44,38 @@ def report(folder) -> dict:
 # -- reading scores -------------------------------------------------------------------------------
 
 READABLE = {
-    "9, 8": (9, 8),
-    "9,8": (9, 8),
     "9  8 \r": (9, 8),
-    "\n\n9 8\nBoth": (9, 8),
-    "9/10, 8 / 10": (9, 8),
-    "**9 8**": (9, 8),
-    "Scores: 9 8": (9, 8),
-    "[[9, 8]]": (9, 8),
+    "\n\n9/10, 8 / 10": (9, 8),
+    "**Scores: 9 8**": (9, 8),
     "9 8.75\nBoth": (9, 8.75),
-    "0 10\nThe first gave no answer.": (0, 10),
-    "9 8\nThe point is (10, 4).": (9, 8),
-    "7 4\nAssistant 1: 3 of 5 tests pass.": (7, 4),
+    "0 10\nThe first point is (10, 4), not 3 of 5.": (0, 10),
     "Both are good.\n\n9 8": (9, 8),
     "First I solve it.\n```python\n(9, 8)\n```\nWhy: ...": (9, 8),
-    "Assistant 1: 9, Assistant 2: 8": (9, 8),
-    "Assistant 2: 8\nAssistant 1: 9": (9, 8),
-    "Scores:\nAssistant 1: 10\nAssistant 2: 4\n\nThe first is better.": (10, 4),
-    "**Assistant 1:** 9\n**Assistant 2:** 7.5": (9, 7.5),
-    "Assistant 1: 10/10\nAssistant 2: 4/10 (wrong)": (10, 4),
-    "Assistant 1: 2 (no steps)\nAssistant 2: 1 (wrong)": (2, 1),
+    "Assistant 2: 8, Assistant 1: 9": (9, 8),
+    "**Assistant 1:** 9\n**Assistant 2:** 7.5\n\nThe first is better.": (9, 7.5),
+    "Assistant 1: 2 (no steps)\nAssistant 2: 1/10 (wrong)": (2, 1),
     "Assistant 1: 1/10 - It is wrong.\n\nAssistant 2: 2/10 - So is this.\n\nWeak.": (1, 2),
-    "Points are (2, -2) and (10, 4).\nScores:\nAssistant 1: 10\nAssistant 2: 3": (10, 3),
     "Points are (2, -2) and (10, 4).\nThe output tuple is (10, 1). Assistant 1 is better.": (10, 1),
-    "The tuple containing the scores is (1, 3). Both are wrong.": (1, 3),
     "It is 39.\n\nOutput: (1, 10)": (1, 10),
     "The scores for Assistant 1 and Assistant 2 are (9, 8), respectively.": (9, 8),
     "Assistant 1:\n3x + 10 = 5(x - 2)\nScores:\nAssistant 1: 10\nAssistant 2: 1\n\nOk.": (10, 1),
 }
 UNREADABLE = [
-    "", " \n\n", "error", "11 5", "9 11", "-1 -1", "nan inf", "9", "9 8 7", "90 80",
-    "9 out of 5, 8 out of 5", "45/50 40/50", "9% 8%", "8,5 9", "9 8 out of 100", "1*0 8",
-    "Assistant 1: 9", "Assistant 1: 9/100 Assistant 2: 8/100",
+    "", "error", "11 5", "-1 -1", "nan inf", "9", "9 8 7", "9 out of 5, 8 out of 5", "9% 8%",
+    "8,5 9", "9 8 out of 100", "1*0 8", "Assistant 1: 9", "Assistant 1: 9/100 Assistant 2: 8/100",
     "The segment ends in (2, -2) and (10, 4), so it is 10 long.",
-    "The answer is the point (10, 4).", "The lines meet in (10, 4).\n\n(10, 4)",
-    "The output of the program is (3, 4).", "Both score full marks for the point (10, 4).",
+    "The lines meet in (10, 4).\n\n(10, 4)",
+    "The output of the program is (3, 4).",
     "Assistant 1: 5 * 8 - 4 = 36\nAssistant 2: 40 - 4 = 36",
-    "Assistant 1:\n40 - 1\nAssistant 2:\n41 - 2", "9 8\nThey are good.\n7 6",
+    "9 8\nThey are good.\n7 6",
     "Assistant 1: 9\nAssistant 2: 8\n\nOn reflection:\nAssistant 1: 7\nAssistant 2: 8",
-    "Scores: (9, 8)\n\nOutput: (8, 9)", "[[10]]", "[10]", "[[8/10]]",
-    "First of all, 2 8 14 are even.", "Year 2023: 9 of 10 say 8 is enough.",
+    "Scores: (9, 8)\n\nOutput: (8, 9)", "[[8/10]]", "Year 2023: 9 of 10 say 8 is enough.",
 ]
 
 
-@pytest.mark.parametrize("text", READABLE, ids=lambda t: t[:40])
-def test_scores_that_a_person_could_read(text):
-    assert judge.read_scores(text) == READABLE[text]
-
-
-@pytest.mark.parametrize("text", UNREADABLE, ids=lambda t: t[:40])
-def test_scores_are_not_guessed(text):
-    assert judge.read_scores(text) is None
+@pytest.mark.parametrize("text", [*READABLE, *UNREADABLE], ids=lambda t: t[:40])
+def test_scores_are_read_as_a_person_would_and_not_guessed(text):
+    assert judge.read_scores(text) == READABLE.get(text)
 
 
 # -- questions ------------------------------------------------------------------------------------
@@ -106,14 +86,9 @@ def test_toy_questions():
     text = json.dumps([[q.id, q.category, q.turns, q.reference] for q in questions])
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert digest == "06fa2885c1f55583a63f4639227a3225f2c0c0198a126e1519b236680bd69c02"
-    assert judge.toy_questions(1) != questions
     for q in questions:
-        truth = q.truths[-1]
-        assert len(q.truths) == len(q.turns) and truth.text in q.turns[-1]
-        assert q.grade(truth.full) == 1 and (truth.open or q.grade(truth.short) == 1)
-        if len(q.turns) == 2 and truth.needs_scene:  # the first turn tells the scene
-            for words in (world.COLORS, world.SHAPES, world.PLACES):
-                assert any(word in q.turns[0].lower() for word in words)
+        assert len(q.truths) == len(q.turns) and q.truths[-1].text in q.turns[-1]
+        assert q.grade(q.truths[-1].full) == 1
 
 
 def test_our_own_questions():
@@ -128,10 +103,9 @@ def test_question_files(tmp_path):
     vicuna = dict(question_id=82, category="cooking", text="e")
     one, two = judge.load_questions(write(tmp_path / "q.jsonl", [mt_bench, vicuna]))
     assert (one.turns, one.reference, two.turns) == (["a {b}", "c"], ["", "d"], ["e"])
-    for records, message in (
-            ([vicuna, vicuna], "duplicate question_id 82"),
-            ([dict(question_id=1, turns=["a", 3])], "question 1 needs text, or turns"),
-            ([dict(id=1, text="a")], "must hold questions: JSON lines, each with question_id")):
+    for records, message in (([vicuna, vicuna], "duplicate"),
+                             ([dict(question_id=1, turns=["a", 3])], "turns"),
+                             ([dict(id=1, text="a")], "must hold questions")):
         with pytest.raises(UserError, match=message):
             judge.load_questions(write(tmp_path / "bad.jsonl", records))
 
@@ -151,13 +125,11 @@ def test_answer_files_are_checked(tmp_path):
     path = tmp_path / "a.jsonl"
     good = judge.read_answers(write(path, [b, a]), QUESTIONS[:2])
     assert [r["text"] for r in good] == ["a", "b"]
-    for records, message in (([a], "question: 2"), ([a, b, c], "question: 3"),
-                             ([a, dict(question_id=2)], "question 2 must have 1 turns"),
-                             ([dict(instruction="a")], "must hold answers: JSON lines")):
+    for records, questions, message in (([a], QUESTIONS[:2], "question: 2"),
+                                        ([a, b, c], QUESTIONS[:2], "question: 3"),
+                                        ([a, b, c], QUESTIONS, "question 3 must have 2 turns")):
         with pytest.raises(UserError, match=message):
-            judge.read_answers(write(path, records), QUESTIONS[:2])
-    with pytest.raises(UserError, match="question 3 must have 2 turns"):
-        judge.read_answers(write(path, [a, b, c]), QUESTIONS)
+            judge.read_answers(write(path, records), questions)
 
 
 class Player:
@@ -178,27 +150,25 @@ class Player:
 
 def test_a_second_turn_shows_the_first_answer_and_an_interrupted_run_resumes(tmp_path):
     """Nothing is asked twice, and a line that was cut off when the machine stopped is no reply."""
-    path = tmp_path / "replies.jsonl"
-    player = Player(patience=3)  # the first turns; then the second one fails
+    path, player = tmp_path / "replies.jsonl", Player(patience=3)  # the second turn fails
+    twin = judge.Question(4, "generic", ["Say something."])  # has an answer of its own
+
+    def answer(*settings) -> list[dict]:
+        cache = teacher.ReplyCache(path)
+        return judge.answer(player, [*QUESTIONS, twin], cache, [*settings], "player")
+
     with pytest.raises(UserError, match="no answer to question 3.*line went dead.*same command"):
-        judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player")
+        answer()
     path.write_text(path.read_text() + '\n{"key": "half')
     player.patience = 99
-    got = judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player")
+    got = answer()
     assert player.heard == [["Say something."], ["1 + 1?"], ["First."],
                             ["First.", "reply 3", "Second."]]
-    assert [judge.said_in(a) for a in got] == [["reply 1"], ["reply 2"], ["reply 3", "reply 4"]]
-    judge.answer(player, QUESTIONS, teacher.ReplyCache(path), ["another temperature"], "player")
-    assert len(player.heard) == 8
-    assert judge.answer(player, QUESTIONS, teacher.ReplyCache(path), [], "player") == got
-
-
-def test_two_questions_with_the_same_text_have_one_answer_each(tmp_path):
-    """The first version put both replies into one record, as if they were two turns."""
-    twice = [judge.Question(1, "generic", ["Hi."]), judge.Question(2, "generic", ["Hi."])]
-    got = judge.answer(Player(9), twice, teacher.ReplyCache(tmp_path / "r.jsonl"), [], "player")
-    assert [judge.said_in(a) for a in got] == [["reply 1"], ["reply 1"]]
-    assert got[0]["answer_id"] != got[1]["answer_id"]
+    assert [judge.said_in(a) for a in got] == [["reply 1"], ["reply 2"], ["reply 3", "reply 4"],
+                                               ["reply 1"]]
+    assert got[0]["answer_id"] != got[3]["answer_id"]
+    answer("another temperature")
+    assert len(player.heard) == 8 and answer() == got
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -207,21 +177,19 @@ def test_prompts_have_the_published_structure():
     prompts = judge.load_prompts(ROOT / "assets" / "prompts.jsonl")
     texts = []
     for q in QUESTIONS:
-        said = [["A {question}", "A2"][:len(q.turns)], ["B", "B2"][:len(q.turns)]]
-        records = [dict(choices=[dict(turns=turns)]) for turns in said]
-        texts.append(judge.judge_prompt(q, *records, prompts).turns[0].text)
-    for text in texts:
-        marks = re.findall(r"^\[.*?\]$", text, re.M)
-        assert [m for m in marks if "Reference" not in m] == [
-            "[Question]",
-            "[The Start of Assistant 1's Answer]", "[The End of Assistant 1's Answer]",
-            "[The Start of Assistant 2's Answer]", "[The End of Assistant 2's Answer]",
-            "[System]"]
+        turns = ["A {question}", "B"][:len(q.turns)]
+        record = dict(choices=[dict(turns=turns)])
+        texts.append(judge.judge_prompt(q, record, record, prompts).turns[0].text)
+    assert re.findall(r"^\[.*?\]$", texts[0], re.M) == [
+        "[Question]",
+        "[The Start of Assistant 1's Answer]", "[The End of Assistant 1's Answer]",
+        "[The Start of Assistant 2's Answer]", "[The End of Assistant 2's Answer]",
+        "[System]"]
     # Braces stay as they are: with str.format, the answer would show the question.
     assert "1's Answer]\nA {question}\n\n[The End" in texts[0] and "Reference" not in texts[0]
     assert "[Reference Answer]\nIt is 2." in texts[1] and "tuple" in texts[1]
     assert "first line" in texts[0] + texts[2] and "first line" not in texts[1]
-    assert "Turn 1: First.\n\nTurn 2: Second." in texts[2] and "Turn 2: B2" in texts[2]
+    assert "Turn 1: First.\n\nTurn 2: Second." in texts[2] and "Turn 2: B" in texts[2]
     assert "Reference {answer_1}." in texts[2] and "Rate only the last answer" in texts[2]
 
 
@@ -250,41 +218,27 @@ def terse(tmp_path_factory) -> str:
     return write(tmp_path_factory.mktemp("answers") / "answer_terse.jsonl", records)
 
 
-def test_a_run_with_a_checkpoint_and_a_file_counts_right(tmp_path, capsys, terse):
+def test_a_run_with_a_checkpoint_and_a_file_counts_right(tmp_path, terse):
     figures = run(tmp_path, players=f"{MICRO},{terse},noisy,oracle")
     assert [p["title"] for p in figures["pairs"]] == [
         "terse : micro", "noisy : micro", "oracle : micro", "oracle : terse", "oracle : noisy"]
     grades = {}
     for name in ("micro", "terse", "noisy", "oracle"):
         records = lines(tmp_path / "answer" / f"answer_{name}.jsonl")
-        texts = [r["choices"][0]["turns"][-1] for r in records]
-        grades[name] = [q.grade(text) for q, text in zip(judge.toy_questions(), texts)]
+        grades[name] = [q.grade(judge.said_in(r)[-1])
+                        for q, r in zip(judge.toy_questions(), records)]
     for p in figures["pairs"]:  # counted again from the answers
         a, b = grades[p["a"]], grades[p["b"]]
         wins, losses = sum(x < y for x, y in zip(a, b)), sum(x > y for x, y in zip(a, b))
         assert p["totals"] == pytest.approx([sum(1 + 9 * g for g in a), sum(1 + 9 * g for g in b)])
         assert p["percent"]["value"] == pytest.approx(p["totals"][1] / p["totals"][0])
-        assert p["percent"]["low"] <= p["percent"]["value"] <= p["percent"]["high"]
         assert (p["wins"], p["ties"], p["losses"]) == (wins, 80 - wins - losses, losses)
-        assert sum(c["n"] for c in p["categories"].values()) == 80
         assert p["preferred"]["value"] == pytest.approx(wins / (wins + losses))
-    b = figures["biases"]
-    assert b["truth"]["all"] == b["consistent"]["value"] == 1
-    assert "BIAS" not in capsys.readouterr().out
+    assert figures["biases"]["truth"]["all"] == figures["biases"]["consistent"]["value"] == 1
     record = lines(tmp_path / "review" / "review_oracle_terse.jsonl")[4]
     assert set(record) == {"review_id", "question_id", "answer1_id", "answer2_id", "text", "score",
                            "reviewer_id", "metadata"}  # as published
     assert record["score"] == [10, 1] and record["reviewer_id"] == "oracle"
-
-
-def test_the_same_command_asks_nothing_again(tmp_path):
-    first = run(tmp_path)
-    path = tmp_path / "replies.jsonl"
-    before = path.read_text()
-    assert run(tmp_path) == first and path.read_text() == before
-    path.write_text(before[:len(before) // 2])  # killed half way, in the middle of a line
-    assert run(tmp_path) == first
-    assert path.read_text().count("\n") in (before.count("\n"), before.count("\n") + 1)
 
 
 def test_both_orders_remove_a_position_bias(tmp_path, capsys):
@@ -293,8 +247,7 @@ def test_both_orders_remove_a_position_bias(tmp_path, capsys):
     assert one_order["losses"] == 80 and honest["losses"] < 30  # noisy comes second, and loses
     both = run(tmp_path / "both", judge="first")
     pair = both["pairs"][0]
-    assert pair["wins"] == 0
-    assert pair["losses"] <= honest["losses"] and pair["ties"] >= honest["ties"]
+    assert pair["wins"] == 0 and pair["losses"] <= honest["losses"]
     assert "BIAS: the judge prefers the first answer" in capsys.readouterr().out
     assert both["biases"]["position"]["low"] > 0 and both["biases"]["consistent"]["value"] < 0.5
     equal = [r for r in pair["rows"] if r["truth"] == 0]
@@ -304,25 +257,20 @@ def test_both_orders_remove_a_position_bias(tmp_path, capsys):
 
 
 def test_a_length_bias_is_detected(tmp_path, capsys, terse):
-    run(tmp_path / "honest", players=f"{terse},oracle")
-    assert "BIAS" not in capsys.readouterr().out
-    figures = run(tmp_path / "longer", players=f"{terse},oracle", judge="longer")
-    printed = capsys.readouterr().out
-    assert "BIAS: the judge prefers longer answers" in printed and "first answer\n" not in printed
+    for judge_kind in ("oracle", "longer"):
+        figures = run(tmp_path / judge_kind, players=f"{terse},oracle", judge=judge_kind)
+        printed = capsys.readouterr().out
+        assert ("BIAS" in printed) == (judge_kind == "longer")
+    assert "BIAS: the judge prefers longer answers" in printed
     assert figures["biases"]["length"]["low"] > 0 and figures["biases"]["truth"]["all"] < 1
 
 
-WRONG_OPTIONS = [
+@pytest.mark.parametrize("options, message", [
     (dict(players="noisy,noisy"), "two or more different players"),
     (dict(players="nowhere,oracle"), "no checkpoint in nowhere"),
-    (dict(questions="assets/questions.jsonl"), "noisy works only with --questions=toy"),
-    (dict(questions="no.jsonl", players="a,b", judge="c"), "No such file"),
-]
-
-
-@pytest.mark.parametrize("options, message", WRONG_OPTIONS, ids=str)
+    (dict(questions="assets/questions.jsonl"), "noisy works only with --questions=toy")], ids=str)
 def test_options_that_cannot_work(tmp_path, options, message):
-    with pytest.raises((UserError, OSError), match=message):
+    with pytest.raises(UserError, match=message):
         run(tmp_path, **options)
 
 
@@ -356,8 +304,9 @@ def test_a_server_judges_and_no_reply_is_paid_for_twice(tmp_path, capsys, fake):
     fake.script = []
     figures = run(tmp_path, **options)
     printed = capsys.readouterr()
+    assert figures["pairs"][0]["n"] == 80 and run(tmp_path, **options) == figures
     asked = {json.dumps(body) for body in fake.answered}
-    assert len(fake.answered) == len(asked) and figures["pairs"][0]["n"] == 80
+    assert len(fake.answered) == len(asked)
     tokens = f"{7 * (80 - n)} prompt tokens, {3 * (80 - n)} completion tokens"
     assert f"review_oracle_noisy: {tokens}" in printed.out
     files = "".join(f.read_text() for f in tmp_path.rglob("*") if f.is_file())
@@ -365,33 +314,18 @@ def test_a_server_judges_and_no_reply_is_paid_for_twice(tmp_path, capsys, fake):
     assert {body["messages"][0]["role"] for _, body in fake.requests} == {"system"}
 
 
-class Mumbler:
-    """A judge that never gives scores, or no reply at all."""
-    name, why = "mumbler", "the prompt does not fit"
-
-    def __init__(self, text: str | None):
-        self.text = text
-
-    def __call__(self, conversations, keep):
-        if self.text:
-            for i in range(len(conversations)):
-                keep(i, teacher.Reply(self.text, True))
-
-
-@pytest.mark.parametrize("text", ["I like turtles.", None])
-def test_a_judge_without_scores_ranks_nobody(tmp_path, capsys, monkeypatch, text):
-    """Neither this report nor the next run must stop at its review files. A score that a person
-    adds survives the next run, which writes the files again."""
+@pytest.mark.parametrize("replies", [80, 0])
+def test_a_judge_without_scores_ranks_nobody(tmp_path, capsys, monkeypatch, replies):
+    """It gives no scores, or no reply at all. A score that a person adds survives the next run,
+    which writes the files again."""
     oracle = teacher.Oracle
     monkeypatch.setattr(teacher, "Oracle",
-                        lambda kind: Mumbler(text) if kind == "first" else oracle(kind))
+                        lambda kind: Player(replies) if kind == "first" else oracle(kind))
     pair = run(tmp_path, judge="first", swap=False)["pairs"][0]
     assert pair["n"] == 0 and pair["percent"] is pair["preferred"] is None
     assert len(pair["left_out"]) == 80
-    printed = capsys.readouterr().out
-    assert "oracle : noisy: left out question 1, 2, 3" in printed
-    missing = "80 reviews failed (the prompt does not fit); rerun the same command"
-    assert (missing in printed) == (text is None)
+    missing = "80 reviews failed (the line went dead); rerun the same command"
+    assert (missing in capsys.readouterr().out) == (replies == 0)
     file = tmp_path / "review" / "review_oracle_noisy.jsonl"
     records = lines(file)
     assert {tuple(r["score"]) for r in records} == {(-1, -1)}  # as published
@@ -403,49 +337,28 @@ def test_a_judge_without_scores_ranks_nobody(tmp_path, capsys, monkeypatch, text
 
 # -- published review files -----------------------------------------------------------------------
 
-def test_published_reviews(tmp_path):
-    """Stored scores count, even where they contradict the text, as some published ones do. Without
-    any, the text is read."""
-    shutil.copy(ROOT / "assets" / "questions.jsonl", tmp_path / "question.jsonl")
-    rng, records, name = random.Random(0), [], "vicuna-13b:20230322-new-hp-fp16"
-    for i in range(1, 81):
-        a, b = rng.choice((0.0, 7.0, 8.5, 9.0)), rng.choice((8.0, 9.0, 9.5))
-        records.append(dict(
-            review_id=f"r{i}", question_id=i, answer1_id=f"a-{i}", answer2_id=f"b-{i}",
-            text=f"{a:g} {b:g}\nFine.", score=[a, b], metadata={}, reviewer_id=1))
-    for i in (68, 69, 70):
-        records[i - 1].update(text="The scores are (10, 4).", score=[10, 2])
+def test_stored_scores_count_and_else_the_text_is_read(tmp_path):
+    """Even where they contradict the text, as some published ones do."""
+    categories = ["generic", "generic", "math", "math", "generic", "generic"]
+    write(tmp_path / "question.jsonl", [dict(question_id=i, category=category, text="?")
+                                        for i, category in enumerate(categories, 1)])
+    name = "vicuna-13b:20230322-new-hp-fp16"
     file = tmp_path / "review" / "vicuna-13b" / f"review_llama_{name}.jsonl"
+    records = [
+        dict(question_id=1, text="7 8.5\nFine.", score=[7.0, 8.5]),
+        dict(question_id=2, text="9 8", score=[-1, -1]),  # as the published code marks no scores
+        dict(question_id=3, text="The scores are (10, 4).", score=[10, 2]),
+        dict(question_id=4, text="Scores: 6 6"),
+        dict(question_id=5, text=None, score=[True, 2]),
+        dict(question_id=6, text="?", score=[99, 8])]  # not on the scale
     write(file, records)
-    p, scores = report(tmp_path)["pairs"][0], [r["score"] for r in records]
-    assert (p["a"], p["b"], p["n"], p["left_out"]) == ("llama", name, 80, [])
-    assert p["totals"] == [sum(a for a, _ in scores), sum(b for _, b in scores)]
-    assert p["wins"] == sum(b > a for a, b in scores)
-    assert p["losses"] == sum(b < a for a, b in scores)
-    assert p["categories"]["math"]["totals"] == [30, 6]
-    for r in records:
-        del r["score"]
-    write(file, records)
-    assert report(tmp_path)["pairs"][0]["categories"]["math"]["totals"] == [30, 12]
-
-
-def test_odd_review_files(tmp_path):
-    write(tmp_path / "question.jsonl", [dict(question_id=i, text="?") for i in range(1, 5)])
-    review = dict(review_id="a", question_id=1, text="9 8", score=[-1, -1])
-    write(tmp_path / "review_a_b.jsonl", [
-        review, dict(question_id=2, text="It is a nine.", score=[9, 7.5]),
-        dict(question_id=3, text=None, score=[True, 2]),
-        dict(question_id=4, text="?", score=[99, 8])])  # not on the scale
-    pair = report(tmp_path)["pairs"][0]
-    assert (pair["totals"], pair["left_out"]) == ([18, 15.5], [3, 4])
-    for records, message in (([review, review], "duplicate question_id 1"),
-                             (["x"], "must hold reviews")):
-        write(tmp_path / "review_a_b.jsonl", records)
-        with pytest.raises(UserError, match=message):
-            report(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no review_A_B.jsonl"):
-        report(tmp_path / "empty")
+    p = report(tmp_path)["pairs"][0]
+    assert (p["a"], p["b"], p["n"], p["left_out"]) == ("llama", name, 4, [5, 6])
+    assert (p["totals"], p["wins"], p["ties"], p["losses"]) == ([32, 24.5], 1, 1, 2)
+    assert p["categories"]["math"]["totals"] == [16, 8]
+    write(file, [records[0], records[0]])
+    with pytest.raises(UserError, match="duplicate question_id 1"):
+        report(tmp_path)
 
 
 def test_a_question_that_is_readable_in_one_order_only_is_left_out(tmp_path):
@@ -471,10 +384,8 @@ def test_people_rate_blind_and_their_agreement_is_counted(tmp_path, capsys, monk
         config = judge.RateConfig("noisy", "oracle", out=str(tmp_path), rater=rater)
         return judge.rate(config)["rated"]
 
-    shown = []
-
     def honest(screen: str) -> str:
-        shown.append(screen)
+        assert not re.search("noisy|oracle", screen), "not blind"
         asked, first, second = re.split(r"--- answer [12]\n", screen)
         q = next(q for q in questions if all(turn in asked for turn in q.turns))
         a, b = (q.grade(said.strip().split("Turn 2: ")[-1]) for said in (first, second))
@@ -484,18 +395,15 @@ def test_people_rate_blind_and_their_agreement_is_counted(tmp_path, capsys, monk
 
     tired = iter(["2"] * 40 + ["what?", "q"])
     assert sit("anna", honest) == 80
-    assert not any("noisy" in screen or "oracle" in screen for screen in shown)  # blind
     assert sit("anna", honest) == 0  # nothing is asked twice
     assert sit("bert", lambda screen: next(tired)) == 40
-    ratings = {name: lines(tmp_path / "rating" / f"{name}.jsonl") for name in ("anna", "bert")}
-    sides = [r["models"][0] for r in ratings["anna"]]
-    assert 20 < sides.count("noisy") < 60  # sides are shuffled
+    anna, bert = (lines(tmp_path / "rating" / f"{name}.jsonl") for name in ("anna", "bert"))
+    assert 20 < sum(r["models"][0] == "noisy" for r in anna) < 60  # sides are shuffled
+    winners = {r["question_id"]: r["winner"] for r in anna}
+    same = sum(winners[r["question_id"]] == r["winner"] for r in bert)
     b = report(tmp_path)["biases"]
-    anna, bert = ({r["question_id"]: r["winner"] for r in ratings[name]} for name in ratings)
-    same = sum(anna[i] == bert[i] for i in bert)
-    assert b["people_people"]["n"] == 40
-    assert b["people_people"]["all"] == pytest.approx(same / 40)
-    assert b["people"]["n"] == 120  # the judge knows the truth, and so does anna
+    assert (b["people_people"]["n"], b["people"]["n"]) == (40, 120)
+    # the judge knows the truth, and so does anna
     assert b["people"]["all"] == pytest.approx((80 + same) / 120)
     assert "Agreement of judge and people: " in capsys.readouterr().out
 
@@ -523,8 +431,6 @@ def test_the_page_needs_no_network_and_no_answer_can_break_it(tmp_path, terse):
     inside = json.loads(embedded)
     assert inside["pairs"][0]["rows"][0]["said"][1].endswith(EVIL)
     assert set(re.findall(r"\bdata\.(\w+)", after)) <= set(inside)  # what the page reads is there
-    figures = json.loads((tmp_path / "report.json").read_text())
-    assert figures["pairs"][0]["totals"] == inside["pairs"][0]["totals"]
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser:
         done = subprocess.run(

@@ -64,17 +64,16 @@ def close_gradients(got: dict, want: dict, story: str, tolerance: float = 1e-5) 
 
 def hf_name(name: str) -> str:
     """Meta's name of a weight -> transformers'."""
-    for meta, hf in {"tok_embeddings": "model.embed_tokens", "attention_norm": "input_layernorm",
+    if name == "output.weight":
+        return "lm_head.weight"
+    for meta, hf in {"tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm",
                      "ffn_norm": "post_attention_layernorm", "attention.w": "self_attn.",
                      "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
                      "feed_forward.w3": "mlp.up_proj"}.items():
         name = name.replace(meta, hf)
     if "self_attn" in name:
         name = name.replace(".weight", "_proj.weight")
-    if name.startswith("layers."):
-        return "model." + name
-    ends = {"norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
-    return ends.get(name, name)
+    return "model." + name
 
 
 def hf_layout(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -85,44 +84,31 @@ def hf_layout(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
     return w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
-def hf_twin(m):
-    """The same network, built by transformers from the same weights."""
+@pytest.mark.parametrize("changes", [
+    dict(n_kv_heads=1, tied=True), dict(n_kv_heads=4, rope_theta=500.0, rope_scaling=4.0)], ids=str)
+def test_equals_transformers(changes):
+    """Logits, loss, and every gradient."""
     transformers = pytest.importorskip("transformers")
+    m, tokens = tiny(**changes), words(2, 12)
     c = m.config
-    linear = {"rope_type": "linear", "factor": c.rope_scaling} if c.rope_scaling != 1 else None
+    linear = dict(rope_type="linear", factor=c.rope_scaling)
     twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers,
         vocab_size=c.vocab_size, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=linear, use_cache=False,
         max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tied)).eval()
-    weights = m.state_dict().items()
-    twin.load_state_dict({hf_name(n): hf_layout(n, w, c.head_dim) for n, w in weights})
-    return twin
 
+    def theirs(tensors) -> dict[str, torch.Tensor]:
+        return {hf_name(name): hf_layout(name, t, c.head_dim) for name, t in tensors.items()}
 
-@pytest.mark.parametrize("changes", [
-    dict(n_kv_heads=4), dict(n_kv_heads=2), dict(n_kv_heads=1), dict(tied=True),
-    dict(rope_theta=500.0), dict(rope_scaling=4.0), dict(norm_eps=1e-5)], ids=str)
-def test_equals_transformers(changes):
-    """Logits and every gradient."""
-    m = tiny(**changes)
-    if "norm_eps" in changes:  # eps does not show before the residual stream is this small
-        for name, p in m.named_parameters():
-            if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")):
-                p.data.mul_(4e-3)
-    twin, tokens = hf_twin(m), words(2, 12)
+    twin.load_state_dict(theirs(m.state_dict()))
     want = twin(tokens, labels=tokens)
     their_loss = want.loss * 22  # transformers' is a mean over 2 x 11 predictions
-    theirs = gradients(twin, their_loss)
-    for fused in (True, False):
-        m.set_fused(fused)
-        close(m(tokens), want.logits, "logits differ from transformers'")
-        loss, count = m.nll(tokens, tokens)
-        assert count == 22
-        close(loss, their_loss, "the loss differs from transformers'")
-        ours = {hf_name(name): hf_layout(name, gradient, m.config.head_dim)
-                for name, gradient in gradients(m, loss).items()}
-        close_gradients(ours, theirs, "differs from transformers'", 2e-5)
+    close(m(tokens), want.logits, "logits differ from transformers'")
+    loss, _ = m.nll(tokens, tokens)
+    close(loss, their_loss, "the loss differs from transformers'")
+    ours = theirs(gradients(m, loss))
+    close_gradients(ours, gradients(twin, their_loss), "differs from transformers'", 2e-5)
 
 
 STORY = """Once upon a time, there was a little girl named Lily. She loved to play outside in the \
@@ -136,11 +122,7 @@ def test_a_published_model_tells_its_story():
     if not folder.is_dir():
         pytest.skip("NANOVICUNA_DATA names no folder with stories260K")
     m, tokenizer, _ = checkpoint.load(folder)
-    ids = say(m, [1], 120)
-    assert data.Tokenizer(tokenizer).decode(ids).startswith(STORY)
-    tokens = torch.tensor([[1, *ids]])
-    with torch.no_grad():
-        close(m(tokens), hf_twin(m)(tokens).logits, "logits differ from transformers'")
+    assert data.Tokenizer(tokenizer).decode(say(m, [1], 120)).startswith(STORY)
 
 
 def by_formula(sizes: dict):
@@ -163,15 +145,12 @@ def test_equals_golden_values():
     m, tokens = by_formula(golden["config"]), torch.tensor(golden["tokens"])
     assert m.state_dict().keys() == golden["gradient_norm"].keys(), "Meta's names, and no tables"
     logits = torch.tensor(golden["logits[:, :, :8]"])
-    for fused in (True, False):
-        m.set_fused(fused)
-        close(m(tokens)[:, :, :8], logits, "logits differ from the golden ones")
-        loss, count = m.nll(tokens, tokens)
-        assert count == 14
-        close(loss, torch.tensor(golden["nll"]), "the loss differs from the golden one")
-        for name, g in gradients(m, loss).items():
-            norm = torch.tensor(golden["gradient_norm"][name])
-            close(g.norm(), norm, f"the gradient of {name} has another norm", 2e-5)
+    close(m(tokens)[:, :, :8], logits, "logits differ from the golden ones")
+    loss, _ = m.nll(tokens, tokens)
+    close(loss, torch.tensor(golden["nll"]), "the loss differs from the golden one")
+    for name, g in gradients(m, loss).items():
+        norm = torch.tensor(golden["gradient_norm"][name])
+        close(g.norm(), norm, f"the gradient of {name} has another norm", 2e-5)
 
 
 @pytest.mark.parametrize("name, count", [
@@ -205,10 +184,8 @@ def test_train_flops():
 def test_plain_initialization():
     """Normal with std 0.6 / sqrt(fan-in), smaller where a block writes into the residual stream."""
     c = model.LLaMAConfig(dim=96, n_layers=3, n_heads=4, vocab_size=400, hidden_dim=256)
-    for name, p in model.LLaMA(c, retrieval_init=False).named_parameters():
-        if p.dim() == 1:
-            assert (p == 1).all()
-            continue
+    matrices = [(name, p) for name, p in model.LLaMA(c).named_parameters() if p.dim() == 2]
+    for name, p in matrices:
         std = 0.6 / math.sqrt(p.shape[1])
         if name.endswith(("wo.weight", "w2.weight")):
             std /= math.sqrt(6)
@@ -216,31 +193,30 @@ def test_plain_initialization():
         assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.04, name
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
-def test_retrieval_init_attends_to_recent_and_to_identical_tokens(kv_heads):
+def test_retrieval_init_attends_to_recent_and_to_identical_tokens():
     """Before any training, layer 0 spends most of its attention on the last three tokens and passes
     on what it finds; in later layers the same word weighs more than another, also 40 tokens
     away."""
-    c = model.LLaMAConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=500,
+    c = model.LLaMAConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=500,
                           rope_theta=500.0)
     m = model.LLaMA(c, retrieval_init=True)
-    tokens, scores, groups = torch.randperm(500)[None, :80].clone(), [], 4 // kv_heads
+    tokens, scores = torch.randperm(500)[None, :80].clone(), []
     tokens[0, 70:75] = tokens[0, 30:35]
     for layer in m.layers:  # the scores of each layer if it came first
         x = layer.attention_norm(m.tok_embeddings(tokens))
         q, k = layer.attention.wq(x).view(1, 80, -1, 64), layer.attention.wk(x).view(1, 80, -1, 64)
         q, k = (model.apply_rope(y, m.cos[:80], m.sin[:80]).transpose(1, 2) for y in (q, k))
-        scores.append(q[0] @ k[0].repeat_interleave(groups, dim=0).mT / 8)  # (H, T, T)
+        scores.append(q[0] @ k[0].repeat_interleave(2, dim=0).mT / 8)  # (H, T, T)
     future = torch.ones(80, 80, dtype=torch.bool).triu(1)
     weights = scores[0].masked_fill(future, -math.inf).softmax(-1)
     recent = sum(weights.diagonal(-distance, 1, 2)[:, 20:].mean(1) for distance in range(3))
     assert (recent > 0.7).all()
     wv, wo = m.layers[0].attention.wv.weight, m.layers[0].attention.wo.weight
     close(wv @ wv.T, 0.33 ** 2 * torch.eye(len(wv)), "wv is orthogonal")
-    for member in wo.view(256, kv_heads, groups, 64).unbind(2):  # of each group, one query head
+    for member in wo.view(256, 2, 2, 64).unbind(2):  # of each group, one query head
         assert torch.equal(member.flatten(1), wv.T), "wo = wv^T"
-    first = scores[1][::groups]  # of each group: its keys are copies of this head's queries
+    first = scores[1][::2]  # of each group: its keys are copies of this head's queries
     again = first.diagonal(-40, 1, 2)[:, 30:35].mean(1)
     others = first[:, 70:75, 20:60].mean((1, 2))
     assert (again > others + 0.5).all(), "the same word 40 tokens ago weighs no more than any other"
@@ -258,76 +234,63 @@ def test_rmsnorm_by_hand():
     close(norm(x), want, "x / sqrt(mean(x^2)) * weight", 1e-6)
 
 
-@pytest.mark.parametrize("eps", [1e-6, 1e-5])
-def test_rmsnorm_eps_is_inside_the_root(eps):
+def test_rmsnorm_eps_is_inside_the_root():
     """x / sqrt(mean(x^2) + eps), with the eps that was asked for. Small inputs show it."""
     x = torch.full((8,), 1e-3)
-    want = x / math.sqrt(1e-6 + eps)
-    close(model.RMSNorm(8, eps)(x), want, "eps belongs under the root, and is the one given", 1e-6)
+    close(model.RMSNorm(8, 3e-6)(x), x / 2e-3, "eps belongs under the root, and is the one given")
 
 
 def test_rmsnorm_computes_in_fp32():
     """A row of equal numbers is its own root mean square, so the result is exactly 1. With squares
-    rounded to bfloat16 it is 0.996 or 1.008, and in float16 the square of 300 is infinite."""
+    rounded to bfloat16 it is 0.996 or 1.008."""
     x = (1 + torch.arange(128) / 128).bfloat16()  # all bfloat16 numbers from 1 to 2
-    norm = model.RMSNorm(64, 1e-6)
-    y = norm(x[:, None].expand(128, 64))
+    y = model.RMSNorm(64, 1e-6)(x[:, None].expand(128, 64))
     assert y.dtype == torch.bfloat16, "what comes in as bfloat16 leaves as bfloat16"
     assert (y == 1).all(), "squares in half precision: convert to fp32 first, back last"
-    large = torch.full((64,), 300.0, dtype=torch.float16)
-    assert (norm(large) == 1).all(), "300^2 overflows in float16"
 
 
-@pytest.mark.parametrize("scaling", [1.0, 4.0])
-def test_rope_rotates_neighbors(scaling):
+def test_rope_rotates_neighbors():
     """Meta's form: neighbors (x[2i], x[2i+1]) are a complex number, turned by t / theta^(2i/D).
     Hugging Face pairs x[i] with x[i + D/2]; mixed up, a model runs and talks nonsense. Vicuna-16k
     divides positions by 4."""
     x = torch.randn(2, 50, 3, 8)
     numbers = torch.view_as_complex(x.view(2, 50, 3, 4, 2))
-    positions = torch.arange(50) / scaling
-    angles = positions[:, None] / 100.0 ** (torch.arange(0, 8, 2) / 8)  # (T, D/2)
+    angles = torch.arange(50)[:, None] / 4 / 100.0 ** (torch.arange(0, 8, 2) / 8)  # (T, D/2)
     want = torch.view_as_real(numbers * torch.exp(1j * angles)[:, None]).flatten(3)
-    cos, sin = model.rope_table(50, 8, 100.0, scaling)
+    cos, sin = model.rope_table(50, 8, 100.0, scaling=4.0)
     close(model.apply_rope(x, cos, sin), want, "the rotary embedding")
 
 
-def test_rope_keeps_its_precision_in_a_half_precision_model():
-    """.bfloat16() converts buffers, too: from position 256 on, the slow pairs could not tell
-    neighbors apart."""
-    m = tiny(max_seq_len=512)
-    cos = m.cos.clone()
+def test_a_half_precision_model():
+    """.bfloat16() converts buffers, too: from position 256 on, the slow pairs of the rotary table
+    could not tell neighbors apart. The loss is summed in fp32."""
+    m, tokens = tiny(max_seq_len=512), words(2, 12)
+    cos, (want, _) = m.cos.clone(), m.nll(tokens, tokens)
     close(m.bfloat16().cos, cos, "the rotary table lost its precision with the weights", 1e-6)
+    loss, _ = m.nll(tokens, tokens)
+    assert loss.dtype == torch.float32
+    close(loss, want, "far from the fp32 loss", 0.03)
 
 
-def slow_attention(q, k, v, mask):
-    """One query at a time, in float64: too simple to be wrong. A batch of one; mask (T, S)."""
-    y, groups = torch.zeros_like(q), q.shape[1] // k.shape[1]
-    for h in range(q.shape[1]):
-        keys, values = k[0, h // groups].double(), v[0, h // groups].double()
-        for t in range(q.shape[2]):
-            scores = keys @ q[0, h, t].double() / math.sqrt(q.shape[3])
-            scores[~mask[t]] = -math.inf
-            y[0, h, t] = scores.softmax(0) @ values
-    return y
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("T, S", [(1, 1), (6, 6), (1, 7), (3, 8)])
-def test_attention(T, S, kv_heads):
+@pytest.mark.parametrize("T, S", [(6, 6), (1, 7), (3, 8)])
+def test_attention(T, S):
     """T queries are the *last* T of S positions: a kernel's own is_causal puts them first, which
     T = S and T = 1 do not show. True in a mask means "may attend"; some libraries mean the
     opposite."""
     q = torch.randn(1, 4, T, 8) * 3
-    k, v = torch.randn(1, kv_heads, S, 8), torch.randn(1, kv_heads, S, 8)
+    k, v = torch.randn(2, 1, 2, S, 8)  # two query heads share one of keys and values
     causal = torch.arange(S) <= torch.arange(S - T, S)[:, None]
-    mask = torch.rand(T, S) < 0.5
-    mask[:, 0] = True  # every query attends to something
-    for fused in (False, True):
-        got = model.attention(q, k, v, fused=fused)
-        close(got, slow_attention(q, k, v, causal), f"causal, fused={fused}")
-        got = model.attention(q, k, v, mask[None, None], fused=fused)
-        close(got, slow_attention(q, k, v, mask), f"mask, fused={fused}")
+    random = torch.rand(T, S) < 0.5
+    random[:, 0] = True  # every query attends to something
+    for mask, visible in ((None, causal), (random, random)):
+        heads = []
+        for h in range(4):
+            scores = q[0, h] @ k[0, h // 2].T / math.sqrt(8)
+            scores[~visible] = -math.inf
+            heads.append(scores.softmax(-1) @ v[0, h // 2])
+        for fused in (False, True):
+            got = model.attention(q, k, v, mask, fused)
+            close(got, torch.stack(heads)[None], f"mask={mask is not None}, fused={fused}")
 
 
 # -- the cache and generation ---------------------------------------------------------------------
@@ -337,34 +300,24 @@ def say(m, prompt: list[int], n: int, **options) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 5])
-def test_reading_in_chunks(chunk, fused):
+def test_reading_in_chunks():
     """Several tokens fed to a filled cache: their positions start at cache.length, and they attend
     to all of it."""
     m, tokens = tiny(), words(2, 16)
-    m.set_fused(fused)
     cache = model.KVCache(m.config, batch=2)
-    logits = [m(piece, cache=cache) for piece in tokens.split(chunk, dim=1)]
-    assert cache.length == 16
-    close(torch.cat(logits, dim=1), m(tokens), f"{chunk} at a time differs from all at once")
+    logits = [m(piece, cache=cache) for piece in tokens.split(5, dim=1)]
+    close(torch.cat(logits, dim=1), m(tokens), "5 at a time differ from all at once")
 
 
 def test_cached_generation_equals_uncached():
     """Token for token, against a forward that reads everything again. Temperature 0, top_k=1 and a
     top_p near 0 are the same thing: the most likely word."""
-    m = tiny()
-    prompt = words(6).tolist()
-    text = list(prompt)
-    for _ in range(20):
-        text.append(int(m(torch.tensor([text]))[0, -1].argmax()))
-    want = text[6:]
-    assert len(set(want)) > 5, "too dull an answer to prove anything"
-    assert say(m, prompt, 20) == want
+    m, prompt = tiny(), words(6).tolist()
+    said = say(m, prompt, 20)
+    assert len(set(said)) > 5, "too dull an answer to prove anything"
+    assert m(torch.tensor([prompt + said]))[0, 5:-1].argmax(-1).tolist() == said
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0)):
-        assert say(m, prompt, 20, temperature=1.0, **options) == want, options
-    end = want.index(want[9]) + 1
-    assert list(m.generate_textbook(prompt, 20, stop=want[9])) == want[:end]
+        assert say(m, prompt, 20, temperature=1.0, **options) == said, options
 
 
 def test_generation_continues_from_a_cache():
@@ -401,14 +354,14 @@ def test_stop():
     stop = next(i for i in first if i not in second)
     end = first.index(stop) + 1
     assert say(m, prompts[0], 12, stop=stop) == first[:end], "it ends with the stop token"
+    assert list(m.generate_textbook(prompts[0], 12, stop)) == first[:end]
     rows = [list(row) for row in zip(*m.generate(prompts, 12, stop=stop))]
     assert rows[0] == first[:end] + [stop] * (12 - end), "a finished row only repeats it"
     assert rows[1] == second, "the other row continues undisturbed"
 
 
 @pytest.mark.parametrize("options, inside", [
-    (dict(top_k=3), 3), (dict(top_p=0.6), 2), (dict(top_p=0.8), 3),
-    (dict(temperature=0.5), 5), (dict(temperature=2.0), 5)], ids=str)
+    (dict(top_k=3), 3), (dict(top_p=0.6), 2), (dict(temperature=0.5), 5)], ids=str)
 def test_sample(options, inside):
     """How often each of five words is drawn. top_p keeps the word that crosses the threshold."""
     p = torch.tensor([0.45, 0.25, 0.15, 0.1, 0.05])
@@ -437,21 +390,17 @@ def test_repetition_penalty():
     seen = torch.tensor([[True, False, False]])
     for logits in ([2.0, 1.5, -9.0], [-1.0, -1.5, -9.0]):
         assert model.sample(torch.tensor([logits]), seen, 0, 0, 1.0, 2.0, None).tolist() == [1]
-    m = tiny()
-    text = prompt = words(20).tolist()
-    for _ in range(10):
-        logits = m(torch.tensor([text]))[0, -1]
-        logits[text] = -math.inf  # so high a penalty forbids what is in the text
-        text = text + [int(logits.argmax())]
-    assert say(m, prompt, 10, repetition_penalty=1e6) == text[20:]
+    prompt = words(20).tolist()
+    said = say(tiny(), prompt, 10, repetition_penalty=1e6)
+    assert len({*prompt, *said}) == len({*prompt}) + 10, "so high a penalty forbids repetition"
 
 
 def test_the_context_has_an_end():
     """A small cache ends the answer; a large one does not make the context longer than the rotary
     table."""
     m = tiny(max_seq_len=16)
-    for prompt, message in ((words(16).tolist(), "16"), ([], "empty prompt")):
-        with pytest.raises(UserError, match=message):
+    for prompt in (words(16).tolist(), []):
+        with pytest.raises(UserError, match="prompt"):
             say(m, prompt, 4)
     with pytest.raises(UserError, match="16"):
         m(words(1, 17), cache=model.KVCache(m.config, max_len=99))
@@ -492,28 +441,26 @@ def packed():
     return tokens, labels, segments, parts
 
 
-@pytest.mark.parametrize("way", ["at once", "in chunks", "with checkpointing"])
-def test_nll_equals_textbook(way):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_nll_equals_textbook(in_parts):
     """The same sum, count and gradients as logits, shift and cross-entropy over everything. The
     gradient of the images is what the projection in front of the language model learns from."""
     m = tiny(max_seq_len=128).train()
     tokens, labels, segments, _ = packed()
     tokens[0, 30:33] = tokens[1, 3:5] = model.IMAGE_SLOT
     labels = labels.masked_fill(tokens == model.IMAGE_SLOT, -100)
-    images = torch.ones(5, 32, requires_grad=True)
-    want, n = m.nll_textbook(tokens, labels, images, segments)
+    m.images = torch.nn.Parameter(torch.ones(5, 32))
+    want, n = m.nll_textbook(tokens, labels, m.images, segments)
     assert n > 128, "one chunk is not enough to test chunks"
     textbook = gradients(m, want)
-    of_images, images.grad = images.grad, None
-    if way == "in chunks":
+    assert textbook["images"].any(dim=1).all()
+    if in_parts:
+        m.checkpointing = True
         m.config.vocab_size = 2 ** 25  # a lie: the size of the chunks is computed from it
-    m.checkpointing = way == "with checkpointing"
-    loss, count = m.nll(tokens, labels, images, segments)
+    loss, count = m.nll(tokens, labels, m.images, segments)
     assert count == n
     close(loss, want, "another loss than the textbook's")
     close_gradients(gradients(m, loss), textbook, "another gradient than the textbook's")
-    close(images.grad, of_images, "the images get another gradient")
-    assert of_images.any(dim=1).all()
 
 
 def test_nothing_supervised():
@@ -525,32 +472,19 @@ def test_nothing_supervised():
         assert g.isfinite().all() and not g.any(), f"gradient of {name} must be zero"
 
 
-def test_bfloat16_stays_near():
-    """The loss is summed in fp32 whatever the matrices are multiplied in."""
-    m, tokens = tiny(), words(2, 12)
-    want, _ = m.nll(tokens, tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed, _ = m.nll(tokens, tokens)
-    for loss in (mixed, m.bfloat16().nll(tokens, tokens)[0]):
-        assert loss.dtype == torch.float32
-        close(loss, want, "far from the fp32 loss", 0.03)
-
-
 def test_packed_rows_equal_conversations_one_by_one():
     """Loss and gradients. When red, conversations attend to each other, or the first word of one is
     predicted from the last of the one before it."""
     m = tiny(max_seq_len=128)
     tokens, labels, segments, parts = packed()
     labels[0, 25] = tokens[0, 25]
-    for fused in (True, False):
-        m.set_fused(fused)
-        alone = [m.nll(tokens[row, here][None], labels[row, here][None]) for row, here in parts]
-        want = sum(loss for loss, _ in alone)
-        grads = gradients(m, want)
-        loss, count = m.nll(tokens, labels, segments=segments)
-        assert count == sum(n for _, n in alone), "a segment's first token must not be a target"
-        close(loss, want, "packed and alone differ")
-        close_gradients(gradients(m, loss), grads, "packed and alone differ")
+    alone = [m.nll(tokens[row, here][None], labels[row, here][None]) for row, here in parts]
+    want = sum(loss for loss, _ in alone)
+    grads = gradients(m, want)
+    loss, count = m.nll(tokens, labels, segments=segments)
+    assert count == sum(n for _, n in alone), "a segment's first token must not be a target"
+    close(loss, want, "packed and alone differ")
+    close_gradients(gradients(m, loss), grads, "packed and alone differ")
 
 
 @torch.no_grad()
@@ -576,18 +510,14 @@ def test_image_slots_are_filled_in_order():
     images = m.tok_embeddings.weight[tokens[slots]]
     with_slots = tokens.masked_fill(slots, model.IMAGE_SLOT)
     close(m(with_slots, images), m(tokens), "image vectors are in the wrong slots", 1e-6)
-    got = say(m, with_slots[0].tolist(), 6, images=images[:3])
-    assert got == say(m, tokens[0].tolist(), 6)
 
 
-@pytest.mark.parametrize("slots, images", [
-    (2, None), (2, (3, 32)), (0, (1, 32)), (2, (2, 64))], ids=str)
-def test_images_that_do_not_fit_the_slots(slots, images):
-    """If the slots were filled with whatever there is, a picture would end up in the wrong
+@pytest.mark.parametrize("shape", [(1, 32), (3, 32), (2, 64)])
+def test_images_that_do_not_fit_the_slots(shape):
+    """If the two slots were filled with whatever there is, a picture would end up in the wrong
     sentence."""
-    tokens = torch.tensor([[1, *[-1] * slots, 5]])
     with pytest.raises(UserError, match="image"):
-        tiny()(tokens, None if images is None else torch.randn(images))
+        tiny()(torch.tensor([[1, -1, -1, 5]]), torch.randn(shape))
 
 
 # -- LoRA -----------------------------------------------------------------------------------------
@@ -600,17 +530,13 @@ def test_lora_begins_at_the_base_model_and_merges_exactly():
     assert torch.equal(m(tokens), before), "B is zero"
     trained = {name: p for name, p in m.named_parameters() if p.requires_grad}
     assert set(trained) == {name for name in m.state_dict() if ".lora_" in name}
-    assert len(trained) == 2 * 7 * m.config.n_layers
     for p in trained.values():
         torch.nn.init.normal_(p, std=0.2)
-    want = m(tokens)
-    assert not torch.allclose(want, before, atol=0.1), "the adapters do something"
     merged, adapters = model.merge_lora(m.state_dict())
+    assert adapters.keys() == trained.keys()
     plain = tiny()
     plain.load_state_dict(merged)
-    close(plain(tokens), want, "merged and separate adapters differ")
-    assert adapters.keys() == trained.keys()
-    assert torch.equal(m(tokens), want), "merging must leave the model as it is"
+    close(plain(tokens), m(tokens), "merged and separate adapters differ")
 
 
 def test_lora_by_hand():

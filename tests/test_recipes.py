@@ -7,7 +7,6 @@ FOLDER holds seed_tasks.jsonl (Stanford Alpaca) and oasst_en_100_trees.jsonl (Op
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,52 +14,23 @@ import pytest
 
 import data
 from recipes import identity, koala, openassistant, self_instruct, sharegpt
+from test_data import conversation, real
+from test_data_files import check_reasons, write
 from tools import config
 
 pytest.importorskip("markdownify")
 pytest.importorskip("py3langid")
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 MICRO = Path(__file__).parent / "micro" / "tokenizer.model"
 SHARED = data.Tokenizer(MICRO)
-
-
-def real(name: str) -> Path:
-    folder = os.environ.get("NANOVICUNA_DATA", "")
-    if not folder or not (Path(folder) / name).is_file():
-        pytest.skip(f"NANOVICUNA_DATA names no folder with {name}")
-    return Path(folder) / name
-
-
-def conversation(*texts: str, **more):
-    """Question, reply, question, ..."""
-    turns = [data.Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
-    return data.Conversation(turns, **more)
 
 
 def texts(conversations) -> list[list[str]]:
     return [[turn.text for turn in c.turns] for c in conversations]
 
 
-def write(path: Path, records: list) -> Path:
-    path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-    return path
-
-
 def run(main, cls, *argv) -> dict:
     return main(config.from_cli(cls, [str(word) for word in argv]))
-
-
-def check_reasons(report, reasons: list[str]) -> None:
-    """Each entry of the report contains one of the reasons, and none is left over."""
-    entries = [reason for _, reason in report.entries]
-    assert len(entries) == sum(report.values()) == len(reasons), report
-    for reason in reasons:
-        match = next((entry for entry in entries if reason in entry), None)
-        assert match, f"{reason} is not in {entries}"
-        entries.remove(match)
 
 
 # -- sharegpt: clean ------------------------------------------------------------------------------
@@ -85,7 +55,6 @@ EDITED = [
      "See\n\n" + block("a ``` b\nx", mark="````"), "HTML"),
     ("<p>Yes, it is.</p><script>alert(1)</script><style>p {}</style>", "Yes, it is.", "HTML"),
     # the copy button
-    (block("pythonCopy codeprint(1)"), block("print(1)", "python"), "Copy code"),
     (block("Copy codeCopy code  x = 1"), block("  x = 1"), "Copy code"),
     (block("x", "bashCopy code"), block("x", "bash"), "Copy code"),
     (block("one\ntwo") + "\nand\n" + block("pythonCopy codeprint(1)"),
@@ -94,7 +63,6 @@ EDITED = [
     ("python\nCopy code\nprint(1) and more", "python\nprint(1) and more", "Copy code"),
     # what else the web page added
     ("2 / 2\n\nSure, here it is.", "Sure, here it is.", "counters"),
-    ("1 / 3Sure, here it is.", "Sure, here it is.", "counters"),
     ("2 / 2네, 여기 있습니다.", "네, 여기 있습니다.", "counters"),
     ("It is short.Copy12 chars / 3 words", "It is short.", "counters"),
     ("my\\_long\\_name but \\_this and \\*that", "my_long_name but \\_this and \\*that", "escaped"),
@@ -103,17 +71,16 @@ EDITED = [
 # replies that stay as they are
 KEPT = [
     "</s> USER: ASSISTANT: ### Human: <image> <0x0A> <|prompter|> {text} [PAD]",
-    "is a < b and c > d", "vector<int> x; map<a,b>", "&lt;p&gt; &amp; &#39;", "<3 you </3",
+    "vector<int> x; map<a,b>", "&lt;p&gt; &amp; &#39;", "<3 you </3",
     "<divider>It is no div</divider>", "<div>x</div> is a block in HTML.",
     "Press Copy code to copy the code.", block("a\n\n\n\nb  \n  c", "py"),
-    block("r'\\_x' # a\\*b"), "a[0] and b[ 1 ]", "an open\n```py\nblock",
+    block("r'\\_x' # a\\*b"), "an open\n```py\nblock",
     "1 / 2 cup of sugar", "9 / 3\nis three, of course", "See https://openai.com/x for more.",
     "There are 1000000000.", "At 0x000000000000dEaD.", "It is 3.33333333333, about.",
     block("000000000"), "1. one\n2. two\n\nThen:\n1. three\n2. four",
 ]
 DROPPED = [
-    ("I come from OpenAI, of course.", "blocked"), ("No, says CHATGPT to that.", "blocked"),
-    ("So it is: 1111111111, yes.", "repetitive"), ("So:\n1. one\n1. two", "broken numbers"),
+    ("No, says CHATGPT to that.", "blocked"), ("So it is: 1111111111, yes.", "repetitive"),
     ("1. one of 2\n1. two of 2", "broken numbers"), (LIMIT, "too short"),
     ("<div>" * 3000 + "x" + "</div>" * 3000, "too short"),
 ]
@@ -125,29 +92,23 @@ def test_clean(reply, want, reason):
     """What is edited or dropped is in the report; the good conversation beside it stays as it is.
     In the user's words, nothing counts as a broken list."""
     good, report = conversation("What is a cat?", "An animal with whiskers."), data.Report()
-    question = "1. Why?\n1. So?"
-    cleaned = sharegpt.clean([good, conversation(question, reply)], sharegpt.CleanConfig(""),
-                             report)
-    expected = [["What is a cat?", "An animal with whiskers."]]
-    if want is not None:
-        expected.append([question, want])
-    assert texts(cleaned) == expected
+    asked = conversation("1. Why?\n1. So?", reply)
+    cleaned = sharegpt.clean([good, asked], sharegpt.CleanConfig(""), report)
+    kept = [] if want is None else [conversation("1. Why?\n1. So?", want)]
+    assert cleaned == [good, *kept]
     check_reasons(report, [reason] if reason else [])
 
 
-GERMAN = conversation("Was ist das für ein Tier, und wo lebt es am liebsten?",
-                      "Das ist eine Katze. Sie lebt gern in einem warmen Haus bei den Menschen.")
-KOREAN = conversation("이것은 어떤 동물이고 어디에서 사는 것을 좋아합니까?",
-                      "이것은 고양이이며 따뜻한 집을 좋아합니다.")
-CODE = conversation("x = 1?", block("print(x)\nprint(y)"))  # in no language
-
-
-@pytest.mark.parametrize("language, kept", [
-    ("en", [CODE]), ("-ko", [GERMAN, CODE]), ("de,ko", [GERMAN, KOREAN, CODE]),
-    ("", [GERMAN, KOREAN, CODE])])
-def test_languages(language, kept):
-    cfg = sharegpt.CleanConfig("", language=language)
-    assert sharegpt.clean([GERMAN, KOREAN, CODE], cfg, data.Report()) == kept
+def test_languages():
+    german = conversation("Was ist das für ein Tier, und wo lebt es am liebsten?",
+                          "Das ist eine Katze. Sie lebt gern in einem warmen Haus.")
+    korean = conversation("이것은 어떤 동물이고 어디에서 사는 것을 좋아합니까?",
+                          "이것은 고양이이며 따뜻한 집을 좋아합니다.")
+    code = conversation("x = 1?", block("print(x)\nprint(y)"))  # in no language
+    given = [german, korean, code]
+    for language, kept in (("en", [code]), ("-ko", [german, code]), ("de,ko", given)):
+        cfg = sharegpt.CleanConfig("", language=language)
+        assert sharegpt.clean(given, cfg, data.Report()) == kept
 
 
 WHAT = ("What is it?", "A thing or two.")
@@ -155,7 +116,6 @@ WHAT = ("What is it?", "A thing or two.")
 
 @pytest.mark.parametrize("conversations, want, reasons", [
     # the rounds before a notice, or before a message without visible text
-    ([conversation(*WHAT, "More?", LIMIT)], [WHAT], ["rate limit"]),
     ([conversation(*WHAT, "More?", "!" + LIMIT)], [WHAT], ["rate limit"]),
     ([conversation(*WHAT, "More?", "<p>\u200b</p>")], [WHAT], ["HTML", "visible text"]),
     # of duplicates the longest; other continuations are no duplicates
@@ -164,9 +124,7 @@ WHAT = ("What is it?", "A thing or two.")
      ["duplicate"]),
     ([conversation(*WHAT, "And?", "1."), conversation(*WHAT, "And?", "2.")],
      [(*WHAT, "And?", "1."), (*WHAT, "And?", "2.")], []),
-    ([conversation(*WHAT, extra=dict(plugins=None))], [WHAT], []),
     ([conversation(*WHAT, extra=dict(plugins={"a": 1}))], [], ["plugins"]),
-    ([conversation("So?", "No.")], [], ["too short"]),
     # short in letters, not in bytes
     ([conversation("이것은 뭐죠?", "고양이입니다.")], [("이것은 뭐죠?", "고양이입니다.")], []),
 ], ids=lambda x: "")
@@ -199,23 +157,26 @@ def check_pieces(c, pieces, template: str, seq_len: int) -> None:
 
 
 @pytest.mark.parametrize("c, reasons", [
-    (conversation(LONG, "yes", "the mat", "no"), ["cut: a question", "split"]),
-    (conversation("the cat", "the mat", LONG, LONG), ["cut: a reply", "cut: a question", "split"]),
-    (conversation("the cat", "한국어 🙂👩‍👩‍👧 " * 60), ["cut: a reply"]),
-    (ALPACA, ["cut: a question"])], ids=lambda x: "")
-def test_split(c, reasons):
-    """A round that is too long by itself is cut, not lost. Each cut is in the report."""
+    (conversation(LONG, "yes"), ["question"]),
+    (conversation(LONG, LONG[:140]), ["question"]),
+    (conversation(LONG[:140], LONG), ["reply"]),
+    (conversation("the cat", "한국어 🙂👩‍👩‍👧 " * 60), ["reply"]),
+    (conversation("the cat", "the mat", LONG, LONG), ["split", "question", "reply"]),
+    (ALPACA, ["question"])], ids=lambda x: "")
+def test_a_round_that_is_too_long_is_cut(c, reasons):
+    """It is not lost. Question and reply get half of the room each, and either may use what the
+    other does not need."""
     template, report = "alpaca" if c is ALPACA else "vicuna_v1.1", data.Report()
-    pieces = sharegpt.split(c, template, SHARED, 200, report)
-    check_pieces(c, pieces, template, 200)
+    pieces = sharegpt.split(c, template, SHARED, 300, report)
+    check_pieces(c, pieces, template, 300)
     check_reasons(report, reasons)
+    assert len(data.render(pieces[-1], template, SHARED).tokens) > 295
 
 
 def test_the_last_round_is_not_lost():
     """Five equal rounds with room for two: the original wrote rounds 1-2 and 3-4, and lost the
     fifth."""
-    words = ["Who", "It", "Why", "So", "How", "Thus", "What", "That", "When", "Now"]
-    lines = [f"{word} is it?" for word in words]
+    lines = [f"{letter} is it?" for letter in "ABCDEFGHIJ"]
     size = len(data.render(conversation(*lines[:4]), "vicuna_v1.1", SHARED).tokens)
     c = conversation(*lines, id="c")
     pieces = sharegpt.split(c, "vicuna_v1.1", SHARED, size + 3, data.Report())
@@ -247,65 +208,21 @@ def test_only_the_last_piece_is_cut_or_rejected():
     assert c.extra == {"k": 1}
 
 
-@pytest.mark.parametrize("question, reply, cut", [
-    (LONG, "yes", "question"), ("the cat", LONG, "reply"), (LONG, LONG, "question reply"),
-    (LONG[:140], LONG, "reply"), (LONG, LONG[:140], "question")], ids=lambda x: "")
-def test_question_and_reply_share_the_room(question, reply, cut):
-    """Each may have half of it; what one of them does not need, the other may use."""
-    c = conversation(question, reply)
-    (piece,) = sharegpt.split(c, "vicuna_v1.1", SHARED, 300, data.Report())
-    assert 297 <= len(data.render(piece, "vicuna_v1.1", SHARED).tokens) <= 300
-    assert ("question" in cut) == (piece.turns[0] != c.turns[0])
-    assert ("reply" in cut) == bool(piece.extra.get("cut")) == (piece.turns[1] != c.turns[1])
-
-
-# -- sharegpt: over generated conversations, and the commands --------------------------------------
-
-SPECIAL = ["</s>", "USER:", " ASSISTANT: ", "\n###", "{text}", "<0x0A>", "Copy code", "```",
-           "1. a\n", "2 / 2\n", "<p>", "</p>", "\\_", "&lt;", "\n\n\n", "Copy1 chars / 2 words",
-           "x" * 30, "\r\n", "<pre>", "</pre>", "한국어", "\u2581"]
-PART = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-                 st.sampled_from(SPECIAL))
-TEXT = st.lists(PART, max_size=6).map("".join)
-ROUNDS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
-few = settings(max_examples=50, deadline=None, derandomize=True, report_multiple_bugs=False)
-
-
-@few
-@given(ROUNDS, st.sampled_from(["vicuna_v1.1", "alpaca", "koala"]), st.integers(120, 400))
-def test_any_conversation_can_be_cleaned_and_split(rounds, template, seq_len):
-    """Splitting loses no round; cleaning keeps a conversation or says why not."""
-    c = conversation(*[text for pair in rounds for text in pair], id="c", system="Be brief.")
-    report = data.Report()
-    pieces = sharegpt.split(c, template, SHARED, seq_len, report)
-    check_pieces(c, pieces, template, seq_len)
-    assert {p.system for p in pieces} == {"Be brief."}
-    if not any("cut" in reason for reason in report):
-        assert [turn for p in pieces for turn in p.turns] == c.turns
-    report = data.Report()
-    cleaned = sharegpt.clean([c], sharegpt.CleanConfig(""), report)
-    assert bool(cleaned) != any(reason.startswith("dropped") for reason in report)
-    assert report or cleaned == [c]
-    assert not any(data.is_blank(turn.text) for c in cleaned for turn in c.turns)
-
-
 def test_clean_and_split_files(tmp_path):
     """Commands on a file: the report says which conversation was changed and why."""
-    rounds = ["누구세요?", "2 / 2\n\n언어 모델입니다. 😊", "서울에서 부산까지 얼마나 걸려요?",
-              "KTX를 타면 약 2시간 30분이 걸립니다."] * 3
+    rounds = ["누구세요?", "2 / 2\n\n언어 모델입니다. 😊"] * 8
     raw, clean, split = (tmp_path / f"{name}.json" for name in ("raw", "clean", "split"))
-    data.save_conversations([conversation(*rounds, id="ko"), conversation(*rounds, id="twice")],
-                            raw)
+    data.save_conversations([conversation(*rounds, id=name) for name in ("ko", "twice")], raw)
     run(sharegpt.clean_file, sharegpt.CleanConfig, raw, f"--out={clean}")
     report = json.loads(Path(f"{clean}.report.json").read_text(encoding="utf-8"))
     assert report["written"] == 1
-    duplicate = "dropped: a duplicate, or the beginning of another conversation"
-    assert {"id": "twice", "what": duplicate} in report["conversations"]
+    ids = [entry["id"] for entry in report["conversations"] if "duplicate" in entry["what"]]
+    assert ids == ["twice"]
     run(sharegpt.split_file, sharegpt.SplitConfig, clean, f"--out={split}", "--seq_len=300",
         f"--tokenizer={MICRO}")
-    whole, pieces = data.load_conversations(clean), data.load_conversations(split)
-    assert texts(whole) == [[text.removeprefix("2 / 2\n\n") for text in rounds]]
-    assert len(pieces) > 1 and sum(texts(pieces), []) == texts(whole)[0]
+    pieces = texts(data.load_conversations(split))
+    assert len(pieces) > 1
+    assert sum(pieces, []) == [text.removeprefix("2 / 2\n\n") for text in rounds]
 
 
 # -- self_instruct --------------------------------------------------------------------------------
@@ -327,12 +244,10 @@ COMPLETIONS = [
     # any number; the first field's name is in the request
     (wrote(f" {SAY}\n4. Input: <noinput>\n4. Output: Yes.\n###\n" + task(1, QUIET)),
      [[SAY, "Yes."], [QUIET, "Yes."]], []),
-    # a field is missing, doubled, or the completion is cut off
-    (wrote(f"{SAY}\n4. Output: Yes.\n###\n" + task(5, QUIET)), [[QUIET, "Yes."]], ["no reply"]),
+    # a field is doubled, or the completion is cut off
     (wrote(task(4, SAY, out="Yes.\n4. Output: No.") + task(5, QUIET)), [[QUIET, "Yes."]],
      ["no reply"]),
     (wrote(task(4, SAY) + task(5, QUIET), "length"), [[SAY, "Yes."]], ["no reply"]),
-    (wrote("4. Input: lost\n4. Output: lost\n" + task(5, QUIET)), [[QUIET, "Yes."]], []),
     # what the original stumbles over within an answer
     (wrote(task(4, SAY, out=ODD)), [[SAY, ODD]], []),
     (wrote(task(4, SAY, out="a\nb").replace("\n", "\r\n")), [[SAY, "a\nb"]], []),
@@ -341,7 +256,7 @@ COMPLETIONS = [
     ({"choices": [dict(finish_reason="stop")]}, [], ["no conversation"]),
     # Alpaca's filter
     *[(wrote(task(4, text)), [[text, "Yes."]], [])
-      for text in ("Say it once again", "a " * 149 + "a", "Is mapping or drawing filed here?",
+      for text in ("a " * 149 + "a", "Is mapping or drawing filed here?",
                    "이것을 한 번 더 말해 주세요.", "3 cats: what are they?")],
     *[(wrote(task(4, text)), [], [reason]) for text, reason in (
         ("Say it again", "too short"), ("a " * 150 + "a", "too long"),
@@ -371,8 +286,6 @@ def test_completions(tmp_path, record, want, reasons):
 def test_rouge_l():
     assert self_instruct.rouge_l("a b c b".split(), "b c x b".split()) == 0.75
     assert self_instruct.rouge_l("c a b d".split(), "a b c".split()) == pytest.approx(4 / 7)
-    assert self_instruct.rouge_l("a b c".split(), "c a b d".split()) == pytest.approx(4 / 7)
-    assert self_instruct.rouge_l(["a"], ["a"]) == 1 and self_instruct.rouge_l(["a"], []) == 0
 
 
 def test_real_seed_tasks():
@@ -384,108 +297,6 @@ def test_real_seed_tasks():
     assert len(tasks) == 175 and len(kept) == 169 and sorted(report.values()) == [1, 1, 2, 2]
 
 
-# -- koala: sources as their publishers lay them out ----------------------------------------------
-
-HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant: "
-HH = f"{HUMAN}Hi{BOT}Hello.{HUMAN}Human: or\n\nnot?{BOT}"
-HH_TEXTS = ["Hi", "Hello.", "Human: or\n\nnot?"]
-WEBGPT = dict(question=dict(dataset="eli5", id="q1", full_text="Why is it so?"),
-              answer_0="It is [1].", answer_1="No.", score_0=0.5, score_1=-0.5,
-              quotes_0=dict(title=["A page"], extract=["It is."]),
-              quotes_1=dict(title=[], extract=[]))
-POST = dict(info=dict(id="t3", post="A long story."), choice=0,
-            summaries=[dict(text=" A story."), dict(text=" Nothing.")])
-SUMMARIZE = "Summarize this text.\n\nA long story."
-
-
-@pytest.mark.parametrize("kind, record, want, rejected", [
-    ("hc3", dict(question="Why?", human_answers=["So.", "Thus."], chatgpt_answers=["Because."]),
-     [["Why?", "So."], ["Why?", "Thus."], ["Why?", "Because."]], []),
-    ("hh", dict(chosen=HH + "Yes.\n\nReally.", rejected=HH + "No."),
-     [[*HH_TEXTS, "Yes.\n\nReally."]], [[*HH_TEXTS, "No."]]),
-    ("webgpt", WEBGPT,
-     [["Why is it so?\n\nSources for your answer:\n[1] A page: It is.", "It is [1]."]],
-     [["Why is it so?", "No."]]),
-    ("webgpt", {**WEBGPT, "score_0": 0.0, "score_1": 0.0}, [], []),
-    ("summaries", POST, [[SUMMARIZE, "A story."]], [[SUMMARIZE, "Nothing."]]),
-    ("oig", dict(text="A play.\n<human>: Why <bot>: so?\n<bot>: So.\n<human>: And?\n<bot>: No."),
-     [["Why <bot>: so?", "So.", "And?", "No."]], []),
-    ("hc3", dict(question="Why?", human_answers=None, chatgpt_answers=[]), [], []),
-], ids=lambda x: "")
-def test_sources_of_koala(tmp_path, kind, record, want, rejected):
-    """Each is recognized. A rejected reply is left out, or supervised under the name that Koala
-    gave it, and no other."""
-    file = write(tmp_path / "people.json", [record])
-    for keep, expected in ((False, want), (True, want + rejected)):
-        found, report = [], data.Report()
-        if expected:
-            found_kind, found = koala.load(file, report, rejected=keep)
-            assert found_kind == kind
-        else:
-            with pytest.raises(config.UserError, match="no usable conversation"):
-                koala.load(file, report, rejected=keep)
-        assert texts(found) == expected
-        assert sum(report.values()) == (0 if keep else len(rejected)) + (not want)
-    for c in found:
-        string = data.spell(SHARED, data.render(c, "koala", SHARED).tokens)
-        if [turn.text for turn in c.turns] not in rejected:
-            assert "An Unhelpful Answer:" not in string
-            continue
-        assert string.endswith(f"An Unhelpful Answer: {c.turns[-1].text}</s>")
-        assert string.count("An Unhelpful Answer:") == 1
-        assert string.count("GPT:") == len(c.turns) // 2 - 1
-        with pytest.raises(config.UserError, match="use koala"):
-            data.render(c, "vicuna_v1.1", SHARED)
-    if kind == "oig":
-        assert found[0].system == "A play."
-
-
-# -- koala: mix -----------------------------------------------------------------------------------
-
-@pytest.fixture
-def mixed(tmp_path):
-    """Runs a mix and returns the ids in it."""
-    def run_mix(files: str, *argv) -> list[str]:
-        run(koala.main, koala.Config, files, f"--out={tmp_path / 'out.json'}", *argv)
-        return [c.id for c in data.load_conversations(tmp_path / "out.json")]
-
-    for name, n in (("a", 40), ("b", 10)):
-        many = [conversation(f"{name}{i}?", "Yes.", id=f"{name}{i}") for i in range(n)]
-        data.save_conversations(many, tmp_path / f"{name}.json")
-    with_input = [data.Turn("user", "Add.", "1, 2"), data.Turn("assistant", "3")]
-    data.save_conversations([data.Conversation(with_input, "c0")], tmp_path / "c.json", "alpaca")
-    return run_mix
-
-
-def test_mix(tmp_path, mixed):
-    """As many of each as its weight says, in an order that depends on the seed alone."""
-    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
-    ids = mixed(f"{a}:0.5,{b}:2,{c}")
-    assert len(ids) == 20 + 20 + 1
-    assert len({name for name in ids if name[0] == "a"}) == 20
-    assert Counter(name for name in ids if name[0] == "b") == {f"b{i}": 2 for i in range(10)}
-    assert mixed(f"{a}:0.5,{b}:2,{c}") == ids != mixed(f"{a}:0.5,{b}:2,{c}", "--seed=1")
-    sources = [name[0] for name in ids]
-    assert sources != sorted(sources), "one source after the other"
-
-
-def test_a_mix_of_alpaca_files_keeps_the_input_apart(tmp_path, mixed):
-    out = tmp_path / "out.json"
-    assert mixed(f"{tmp_path / 'c.json'}:3") == ["c0"] * 3
-    assert data.kind_of(out) == "alpaca"
-    assert data.load_conversations(out)[0].turns[0] == data.Turn("user", "Add.", "1, 2")
-
-
-def test_a_mix_with_rejected_replies_and_trees(tmp_path, mixed):
-    hh = dict(chosen=f"{HUMAN}Q{BOT}good", rejected=f"{HUMAN}Q{BOT}bad")
-    hh = write(tmp_path / "hh.json", [hh])
-    trees = write(tmp_path / "trees.jsonl", [tree(m("p", m("a"), m("b")))])
-    assert sorted(mixed(f"{hh},{trees}")) == ["hh_0_0", "p_0", "p_1"]
-    assert sorted(mixed(f"{hh},{trees}", "--rejected")) == ["hh_0_0", "hh_0_1", "p_0", "p_1"]
-    found = {c.id: c.extra.get("rejected") for c in data.load_conversations(tmp_path / "out.json")}
-    assert found == {"hh_0_0": False, "hh_0_1": True, "p_0": None, "p_1": None}
-
-
 # -- openassistant --------------------------------------------------------------------------------
 
 def m(name: str, *replies, **more) -> dict:
@@ -494,9 +305,8 @@ def m(name: str, *replies, **more) -> dict:
     return dict(message_id=name, text=f"text of {name}", role=role, replies=list(replies), **more)
 
 
-def tree(root: dict, **more) -> dict:
-    return dict(message_tree_id=root["message_id"], tree_state="ready_for_export", prompt=root,
-                **more)
+def tree(root: dict) -> dict:
+    return dict(message_tree_id=root["message_id"], tree_state="ready_for_export", prompt=root)
 
 
 def paths(records, pick: str = "all") -> tuple[list[str], data.Report]:
@@ -536,7 +346,6 @@ def test_paths_through_a_tree(pick, want):
     (m("p", m("a"), review_result=False), [], ["review", "a tree without a reply"]),
     (m("p", m("a", m("b"))), ["p a"], ["role does not follow"]),
     (m("p", {**m("a"), "text": " "}, m("b")), ["p b"], ["no text"]),
-    (m("p"), [], ["a tree without a reply"]),
     ({**m("p"), "replies": None}, [], ["a tree without a reply"]),
 ], ids=lambda x: "")
 def test_odd_trees(root, want, reasons):
@@ -545,43 +354,26 @@ def test_odd_trees(root, want, reasons):
     check_reasons(report, reasons)
 
 
-def test_trees_in_other_states():
-    without_state = {k: v for k, v in RANKED.items() if k != "tree_state"}
-    found, report = paths([{**RANKED, "tree_state": "aborted_low_grade"}, without_state])
-    assert len(found) == 5 and report == {"dropped: the tree is aborted_low_grade": 1}
-
-
-def loose_messages(root: dict) -> list[dict]:
-    """A tree's messages without their replies, each with its parent's id."""
-    flat, stack = [], [(root, None)]
-    while stack:
-        message, parent = stack.pop()
-        fields = {k: v for k, v in message.items() if k != "replies"}
-        flat.append({**fields, "parent_id": parent})
-        stack += [(reply, message["message_id"]) for reply in message["replies"]]
-    return flat
-
-
 def test_loose_messages():
-    """The same paths from messages in any order. A cycle is not followed, and a message without its
-    parent is in the report."""
-    flat = loose_messages(RANKED["prompt"])
-    for order in (flat, flat[::-1], flat[3:] + flat[:3]):
+    """In any order. A cycle is not followed; a message without its parent is in the report."""
+    flat = [m("p"), m("a", parent_id="p"), m("b", parent_id="p"), m("p2", parent_id="a"),
+            m("c", parent_id="p2"), m("d", parent_id="nobody"), m("e", parent_id="f"),
+            m("f", parent_id="e")]
+    for order in (flat, flat[::-1]):
         found, report = paths(order)
-        assert sorted(found) == sorted(paths([RANKED])[0]) and not report
-    odd = [{**m("a"), "parent_id": "nobody"}, {**m("b"), "parent_id": "c"},
-           {**m("c"), "parent_id": "b"}, m("p"), {**m("d"), "parent_id": "p"}]
-    found, report = paths(odd)
-    assert found == ["p d"]
-    check_reasons(report, ["lacks its parent"])
+        assert sorted(found) == ["p a p2 c", "p b"]
+        check_reasons(report, ["lacks its parent"])
 
 
 def test_openassistant_command(tmp_path, capsys):
-    """Prints what each way of picking gives; trees are never divided between the two files."""
+    """Prints what each way of picking gives. Trees are never divided between the two files; what
+    was given up is left out."""
     trees = []
     for i in range(10):
         root = m("p", m("a", m("p2", m("b")), m("p3", m("c")), rank=0), m("d", rank=1))
         trees.append({**tree(root), "message_tree_id": f"tree{i}"})
+    trees.append({**trees[1], "tree_state": "aborted_low_grade"})
+    del trees[0]["tree_state"]  # some files do not say
     file, out = write(tmp_path / "trees.jsonl", trees), tmp_path / "out.json"
     figures = run(openassistant.main, openassistant.Config, file, f"--out={out}", "--valid=0.3")
     assert ["all", "10", "30", "100", "7"] in map(str.split, capsys.readouterr().out.splitlines())
@@ -598,6 +390,83 @@ def test_real_trees(tmp_path):
     found = {pick: (figures[pick]["threads"], figures[pick]["messages"])
              for pick in ("all", "top1", "top2", "best")}
     assert found == dict(all=(538, 1792), top1=(98, 288), top2=(276, 900), best=(95, 274))
+
+
+# -- koala: sources as their publishers lay them out ----------------------------------------------
+
+HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant: "
+HH = f"{HUMAN}Hi{BOT}Hello.{HUMAN}Human: or\n\nnot?{BOT}"
+HH_TEXTS = ["Hi", "Hello.", "Human: or\n\nnot?"]
+WEBGPT = dict(question=dict(dataset="eli5", id="q1", full_text="Why is it so?"),
+              answer_0="It is [1].", answer_1="No.", score_0=0.5, score_1=-0.5,
+              quotes_0=dict(title=["A page"], extract=["It is."]),
+              quotes_1=dict(title=[], extract=[]))
+POST = dict(info=dict(id="t3", post="A long story."), choice=0,
+            summaries=[dict(text=" A story."), dict(text=" Nothing.")])
+SUMMARIZE = "Summarize this text.\n\nA long story."
+
+
+@pytest.mark.parametrize("kind, records, want, rejected", [
+    ("hc3", [dict(question="Why?", human_answers=["So.", "Thus."], chatgpt_answers=["Because."]),
+             dict(question="Why?", human_answers=None, chatgpt_answers=[])],
+     [["Why?", "So."], ["Why?", "Thus."], ["Why?", "Because."]], []),
+    ("hh", [dict(chosen=HH + "Yes.\n\nReally.", rejected=HH + "No.")],
+     [[*HH_TEXTS, "Yes.\n\nReally."]], [[*HH_TEXTS, "No."]]),
+    ("webgpt", [WEBGPT, {**WEBGPT, "score_0": 0.0, "score_1": 0.0}],
+     [["Why is it so?\n\nSources for your answer:\n[1] A page: It is.", "It is [1]."]],
+     [["Why is it so?", "No."]]),
+    ("summaries", [POST], [[SUMMARIZE, "A story."]], [[SUMMARIZE, "Nothing."]]),
+    ("oig", [dict(text="A play.\n<human>: Why <bot>: so?\n<bot>: So.\n<human>: And?\n<bot>: No.")],
+     [["Why <bot>: so?", "So.", "And?", "No."]], []),
+    ("oasst", [tree(m("p", m("a")))], [["text of p", "text of a"]], []),
+], ids=lambda x: "")
+def test_sources_of_koala(tmp_path, kind, records, want, rejected):
+    """Each is recognized. A rejected reply is left out, or supervised under the name that Koala
+    gave it, and no other. A second record here has nothing to give."""
+    file, report = write(tmp_path / "people.json", records), data.Report()
+    found_kind, found = koala.load(file, report)
+    assert found_kind == kind and texts(found) == want
+    assert found[0].system == ("A play." if kind == "oig" else None)
+    check_reasons(report, ["rejected"] * len(rejected) + ["no conversation"] * (len(records) - 1))
+    _, found = koala.load(file, data.Report(), rejected=True)
+    assert texts(found) == want + rejected
+    for c in found:
+        string = data.spell(SHARED, data.render(c, "koala", SHARED).tokens)
+        _, *unhelpful = string.split("An Unhelpful Answer: ")
+        is_rejected = [turn.text for turn in c.turns] in rejected
+        assert unhelpful == ([f"{c.turns[-1].text}</s>"] if is_rejected else [])
+        if is_rejected:
+            with pytest.raises(config.UserError, match="use koala"):
+                data.render(c, "vicuna_v1.1", SHARED)
+
+
+# -- koala: mix -----------------------------------------------------------------------------------
+
+def mixed(out: Path, files: str, *argv) -> list[str]:
+    """The ids in a mix."""
+    run(koala.main, koala.Config, files, f"--out={out}", *argv)
+    return [c.id for c in data.load_conversations(out)]
+
+
+def test_mix(tmp_path):
+    """As many of each as its weight says, in an order that depends on the seed alone."""
+    a, b, out = (tmp_path / f"{name}.json" for name in ("a", "b", "out"))
+    for file, n in ((a, 40), (b, 10)):
+        many = [conversation("Yes?", "Yes.", id=f"{file.stem}{i}") for i in range(n)]
+        data.save_conversations(many, file)
+    ids = mixed(out, f"{a}:0.5,{b}:2")
+    assert len({name for name in ids if name[0] == "a"}) == 20 == len(ids) - 20
+    assert Counter(name for name in ids if name[0] == "b") == {f"b{i}": 2 for i in range(10)}
+    assert mixed(out, f"{a}:0.5,{b}:2") == ids != mixed(out, f"{a}:0.5,{b}:2", "--seed=1")
+    assert "".join(name[0] for name in ids) != 20 * "a" + 20 * "b", "one after the other"
+
+
+def test_a_mix_of_alpaca_files_keeps_the_input_apart(tmp_path):
+    turns = [data.Turn("user", "Add.", "1, 2"), data.Turn("assistant", "3")]
+    file, out = tmp_path / "c.json", tmp_path / "out.json"
+    data.save_conversations([data.Conversation(turns, "c0")], file, "alpaca")
+    assert mixed(out, f"{file}:3") == ["c0"] * 3
+    assert data.load_conversations(out)[0].turns == turns
 
 
 # -- identity, and the commands -------------------------------------------------------------------
@@ -621,7 +490,6 @@ def test_identity(tmp_path):
     (openassistant.main, openassistant.Config, [], "does not come from OpenAssistant"),
     (openassistant.main, openassistant.Config, ["--pick=top0"], "expected all, best"),
     (openassistant.main, openassistant.Config, ["--valid=1.0"], "less than 1"),
-    (koala.main, koala.Config, ["--out=c.json"], "is the input file"),
     (self_instruct.main, self_instruct.Config, [], "no record has `choices`")],
     ids=lambda x: x if isinstance(x, str) else "")
 def test_mistyped_options(tmp_path, monkeypatch, main, cls, argv, message):

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
 import data
 import vision
@@ -23,11 +22,35 @@ KEY = "sk-very-secret-0123456789"
 MICRO = Path(__file__).parent / "micro"
 
 
+class FakeServer(ThreadingHTTPServer):
+    """Speaks OpenAI's chat format, on this machine.
+
+    `script` says what to do with the next requests: (status, message[, headers]), ("text", body),
+    ("half",), ("sleep", seconds), None for a good reply, or a function from the request to one of
+    these. All requests after that get a good reply.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list = []
+        self.requests: list = []  # (headers, body) in the order they came
+        self.answered: list = []  # the bodies that got a good reply
+        self.says = lambda body: "echo: " + body["messages"][-1]["content"]
+        self.finish_reason, self.delay = "stop", 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def good_reply(self, body: dict) -> str:
+        choice = dict(message=dict(role="assistant", content=self.says(body)),
+                      finish_reason=self.finish_reason)
+        return json.dumps(dict(choices=[choice], usage=dict(prompt_tokens=7, completion_tokens=3)))
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        fake = self.server.fake
+        fake = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fake.requests.append(({name.lower(): v for name, v in self.headers.items()}, body))
+        fake.requests.append((self.headers, body))
         action = fake.script.pop(0) if fake.script else None
         if callable(action):
             action = action(body)
@@ -55,31 +78,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class FakeServer:
-    """Speaks OpenAI's chat format, on this machine.
-
-    `script` says what to do with the next requests: (status, message[, headers]), ("text", body),
-    ("half",), ("sleep", seconds), None for a good reply, or a function from the request to one of
-    these. All requests after that get a good reply.
-    """
-
-    def __init__(self):
-        self.script: list = []
-        self.requests: list = []  # (headers, body) in the order they came
-        self.answered: list = []  # the bodies that got a good reply
-        self.says = lambda body: "echo: " + body["messages"][-1]["content"]
-        self.finish_reason, self.delay = "stop", 0.0
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.fake = self
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def good_reply(self, body: dict) -> str:
-        choice = dict(message=dict(role="assistant", content=self.says(body)),
-                      finish_reason=self.finish_reason)
-        return json.dumps(dict(choices=[choice], usage=dict(prompt_tokens=7, completion_tokens=3)))
-
-
 @pytest.fixture
 def fake(monkeypatch):
     pytest.importorskip("openai")
@@ -88,8 +86,8 @@ def fake(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     server = FakeServer()
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 def client(fake, **options) -> teacher.Server:
@@ -126,42 +124,26 @@ def test_a_failure_that_may_pass_is_tried_again(fake, failure):
     assert len(fake.requests) == 3
 
 
-@pytest.mark.parametrize("text", ["<html>no json</html>", '{"choices": []}', "[]", "",
-                                  '{"choices": [{"message": null}]}'])
-def test_a_reply_in_another_format_is_no_reply(fake, text):
-    """A proxy's HTML page with status 200 must neither crash the run nor count as a reply."""
-    fake.script = [("text", text)]
-    ask = client(fake, workers=1)
-    none, good = ask(asking("a", "b"))
-    assert none is None and good.text == "echo: b" and ask.why.startswith("gpt-4@127.0.0.1:")
-
-
-def test_a_refusal_is_not_tried_again_and_does_not_show_the_key(fake):
-    """Servers answer "Incorrect API key provided: sk-...": the message goes to the terminal."""
-    fake.script = [(401, f"Incorrect API key provided: {KEY}")] * 9
-    ask = client(fake, workers=1)
-    with pytest.raises(UserError, match="401.*three requests in a row") as error:
-        ask(asking(*"abcdefg"))
-    assert KEY not in str(error.value) + ask.why and "\n" not in str(error.value)
-    assert len(fake.requests) == 3
-
-
 def test_a_dead_server_stops_the_run_and_replies_are_kept(fake):
-    fake.script = [None, None] + [(500, "dead")] * 99
-    kept = {}
-    with pytest.raises(UserError, match="500.*three requests in a row.*same command resumes"):
-        client(fake, workers=1, retries=1)(asking(*"abcdefgh"), kept.__setitem__)
-    assert [kept[i].text for i in sorted(kept)] == ["echo: a", "echo: b"]
-    assert len(fake.requests) == 2 + 3 * 2  # no further request was sent
+    """A refusal is not tried again. It may quote the key, and the message goes to the terminal."""
+    fake.script = [None, None] + [(401, f"Incorrect API key provided: {KEY}")] * 9
+    ask, kept = client(fake, workers=1), {}
+    with pytest.raises(UserError, match="401.*three requests in a row") as error:
+        ask(asking(*"abcdefgh"), kept.__setitem__)
+    assert KEY not in str(error.value) + ask.why and "\n" not in str(error.value)
+    assert {i: reply.text for i, reply in kept.items()} == {0: "echo: a", 1: "echo: b"}
+    assert len(fake.requests) == 2 + 3, "no further request was sent"
 
 
-def test_one_bad_question_does_not_stop_the_others(fake):
-    fake.script = [lambda body: (400, "too long") if "bad" in str(body) else None] * 7
+def test_bad_replies_do_not_stop_the_others(fake):
+    """A proxy's HTML page with status 200 must neither crash the run nor count as a reply."""
+    fake.script = [(400, "too long"), None, ("text", "<html>no json</html>"), None,
+                   ("text", '{"choices": []}')]  # three, but not in a row
     ask = client(fake, workers=1)
-    replies = ask(asking("a", "bad", "c", "bad", "e", "bad", "f"))  # three, but not in a row
-    assert [r and r.text for r in replies] == ["echo: a", None, "echo: c", None, "echo: e", None,
-                                               "echo: f"]
-    assert "too long" in ask.why
+    replies = ask(asking(*"abcdef"))
+    assert [reply and reply.text for reply in replies] == [
+        None, "echo: b", None, "echo: d", None, "echo: f"]
+    assert ask.why.startswith("gpt-4@127.0.0.1:")
 
 
 def test_ctrl_c_keeps_open_requests(fake):
@@ -178,9 +160,8 @@ def test_ctrl_c_keeps_open_requests(fake):
 
 def test_only_a_local_server_needs_no_key(fake, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    fake.says = lambda body: "none"
+    fake.says = lambda body: "none"  # which stands for the key, but is a word here
     assert client(fake)(asking("hello"))[0].text == "none"
-    assert KEY not in str(fake.requests)
     with pytest.raises(UserError, match="api.example.com needs a key.*OPENAI_API_KEY"):
         teacher.teacher("gpt-4@https://api.example.com/v1")
 
@@ -199,19 +180,17 @@ def test_a_server_refuses_images(fake):
 
 # -- a checkpoint ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("quantize", ["", "q4"])
-def test_a_checkpoint_replies_as_generate_replies_does(quantize):
-    ask = teacher.Checkpoint(str(MICRO), 0.0, 24, quantize, batch=2)
+def test_a_checkpoint_replies_as_generate_replies_does():
+    ask = teacher.Checkpoint(str(MICRO), 0.0, 24, "q4", batch=2)
     chats = asking("Who are you?", "How are you? Is there a red circle?", "What is 3 + 4?")
     kept = {}
     replies = ask(chats, kept.__setitem__)
-    net, path, meta = vision.load(MICRO, quantize=quantize)
+    net, path, meta = vision.load(MICRO, quantize="q4")
     texts, ended = data.generate_replies(net, data.Tokenizer(path), meta["template"], chats, 24)
     assert [r.text for r in replies] == texts and [r.ended for r in replies] == ended
     assert kept == dict(enumerate(replies))
-    assert ask.name.endswith(quantize)
-    quantized = any("Quant" in type(part).__name__ for part in ask.net.modules())
-    assert quantized == bool(quantize)
+    assert ask.name.endswith("q4")
+    assert any("Quant" in type(part).__name__ for part in ask.net.modules())
 
 
 def test_a_base_model_reads_plain_text_and_says_one_line(monkeypatch):
@@ -236,30 +215,26 @@ def test_two_trainings_have_two_names(tmp_path):
     """Kept replies belong to a name: those of an earlier training must not be taken for new."""
     net, path, meta = checkpoint.load(MICRO)
     names = []
-    for step in (1, 2):
-        with torch.no_grad():
-            net.norm.weight += 0.1
+    for step in (1, 2, 2):
+        net.norm.weight.data.fill_(step)
         checkpoint.save(tmp_path / "vicuna", net, {**meta, "step": step}, path)
         names.append(teacher.teacher(str(tmp_path / "vicuna")).name)
-    assert names[0] != names[1] and all(name.startswith("vicuna:") for name in names)
-    assert teacher.teacher(str(tmp_path / "vicuna")).name == names[1]
+    assert names[0] != names[1] == names[2] and names[0].startswith("vicuna:")
 
 
 # -- the oracle -----------------------------------------------------------------------------------
 
-ITEMS = world.test_set("scenes", 120)
-
-
-def right(kind: str) -> list[bool]:
-    asked = [data.Conversation([], extra={"question": item.question}) for item in ITEMS]
-    replies = teacher.teacher(kind)(asked)
-    return [world.grade(item.question, r.text) == 1 for item, r in zip(ITEMS, replies)]
+QUESTIONS = [item.question for item in world.test_set("scenes", 120)]
 
 
 def test_the_oracle_is_always_right_and_the_noisy_one_mostly():
-    assert all(right("oracle"))
-    assert 0.6 < sum(right("noisy")) / len(ITEMS) < 0.9
-    assert right("noisy") == right("noisy")
+    asked = [data.Conversation([], extra={"question": q}) for q in QUESTIONS]
+    right = {}
+    for kind in ("oracle", "noisy"):
+        replies = teacher.teacher(kind)(asked)
+        right[kind] = sum(world.grade(q, r.text) == 1 for q, r in zip(QUESTIONS, replies))
+        assert replies == teacher.teacher(kind)(asked)
+    assert right["oracle"] == 120 and 72 < right["noisy"] < 108
 
 
 def judged(kind: str, question, *answers: str, prompt: str = "rate") -> str:
@@ -269,15 +244,11 @@ def judged(kind: str, question, *answers: str, prompt: str = "rate") -> str:
 
 
 def test_the_oracle_judges_by_truth_and_the_biased_judges_do_not():
-    questions = [item.question for item in ITEMS if item.question.kind == "color"]
-    q = next(q for q in questions if "color" in q.truth)
+    q = next(q for q in QUESTIONS if q.kind == "color" and "color" in q.truth)
     wrong = "It is " + next(c for c in world.COLORS if c not in q.truth["color"])
     twice = q.full + " " + q.full
-    assert judged("oracle", q, q.full, wrong).startswith("10 1\n")
     assert judged("oracle", q, wrong, q.short).startswith("1 10\n")
     assert judged("oracle", q, q.full, twice).startswith("10 10\n")
     assert judged("oracle", q, wrong, q.full, prompt="a tuple").endswith("\nScores: (1, 10)")
-    assert judged("first", q, q.full, q.full).startswith("10 8\n")
     assert judged("first", q, wrong, wrong).startswith("3 1\n")
     assert judged("longer", q, q.full, twice).startswith("8 10\n")
-    assert judged("longer", q, q.full, q.full).startswith("10 10\n")

@@ -12,6 +12,8 @@ from PIL import Image
 
 from toy import pictures, world
 
+SCENE = (world.Object("small", "red", "ring", "top"),
+         world.Object("large", "blue", "moon", "left"))
 SPLITS = ("scenes", "pairs", "later", "facts", "closed", "phrasings", "names", "more", "minimal")
 
 
@@ -22,11 +24,9 @@ def test_the_oracle_accepts_the_truth_and_nothing_else(split):
     items = world.test_set(split, 80)
     assert all(world.grade(item.question, item.question.full) == 1 for item in items)
     assert all(world.grade(item.question, "Perhaps so.") < 1 for item in items)
-    wrong = []
-    for item, other in zip(items, items[1:] + items[:1]):
-        if item.question.truth != other.question.truth:
-            wrong.append(world.grade(item.question, other.question.full) == 1)
-    assert sum(wrong) < 0.1 * len(wrong), "another question's answer is hardly ever right"
+    others = [(a, b) for a, b in zip(items, items[1:]) if a.question.truth != b.question.truth]
+    accepted = sum(world.grade(a.question, b.question.full) == 1 for a, b in others)
+    assert accepted < 0.1 * len(others), "another question's answer is hardly ever right"
 
 
 @pytest.mark.parametrize("kind, full", [
@@ -38,9 +38,7 @@ def test_the_oracle_accepts_the_truth_and_nothing_else(split):
     ("gone", "Without the ring there is a moon, large and blue, at left."),
     ("draw", 'draw("small red ring at top") draw("large blue moon at left")')])
 def test_answers_are_true_of_the_scene(kind, full):
-    scene = (world.Object("small", "red", "ring", "top"),
-             world.Object("large", "blue", "moon", "left"))
-    assert world.ask_scene(kind, scene, random.Random(0), about=scene[0]).full == full
+    assert world.ask_scene(kind, SCENE, random.Random(0), about=SCENE[0]).full == full
 
 
 def test_the_split_later_needs_earlier_turns():
@@ -52,8 +50,7 @@ def test_the_split_later_needs_earlier_turns():
 
 def test_a_wrong_value_beside_the_right_one_is_wrong():
     """Otherwise a model that lists every color would pass the exam."""
-    scene = (world.Object("small", "red", "ring", "top"),)
-    q = world.ask_scene("color", scene, random.Random(3), about=scene[0])
+    q = world.ask_scene("color", SCENE, random.Random(3), about=SCENE[0])
     assert world.grade(q, "It is red.") == 1
     assert world.grade(q, "It is red or blue.") == world.grade(q, "It is reddish.") == 0
 
@@ -64,8 +61,9 @@ def test_what_is_held_out_was_never_in_training():
     records = [world.instruction(rng) for _ in range(2000)]
     records += [world.conversation(rng) for _ in range(1200)]
     questions = json.dumps(records).lower()
+    alt_texts = [world.alt_text(world.pick_scene(rng), rng) for _ in range(3000)]
     for color, shape in world.HELD_PAIRS:
-        assert f"{color} {shape}" not in documents + questions
+        assert f"{color} {shape}" not in documents + questions + "\n".join(alt_texts)
     told, asked = (set(re.findall(r"\w+", text)) for text in (documents, questions))
     new = {name.lower() for name in (*world.NEW_USERS, *world.NEW_NONSENSE)}
     assert not (told | asked) & new
@@ -84,22 +82,19 @@ def test_training_scenes_and_held_out_scenes_do_not_meet():
     rng = random.Random(1)
     seen = {world.pick_scene(rng) for _ in range(5000)}
     for split in ("scenes", "pairs", "more"):
-        held = [world.pick_scene(rng, split) for _ in range(500)]
-        assert not seen & set(held)
-        assert all(world.split_of(scene) == split for scene in held)
-        assert all(world.split_of(scene[::-1]) == split for scene in held), "told in another order"
+        for scene in [world.pick_scene(rng, split) for _ in range(500)]:
+            assert scene not in seen and world.split_of(scene) == split
+            assert world.split_of(scene[::-1]) == split, "told in another order"
 
 
 def test_the_same_seed_makes_the_same_files_and_questions(tmp_path):
-    sizes = dict(documents=3, instructions=3, conversations=3)
-    written = []
+    sizes, written = dict(documents=3, instructions=3, conversations=3), []
     for seed in (0, 0, 1):
         files = world.write_files(tmp_path, sizes, seed)
         written.append([path.read_bytes() for path in files.values()])
     assert written[0] == written[1]
     assert all(a != b for a, b in zip(written[0], written[2]))
-    one, two = (world.test_set("pairs", 20) for _ in range(2))
-    assert [item.turns for item in one] == [item.turns for item in two]
+    assert world.test_set("pairs", 20) == world.test_set("pairs", 20)
 
 
 def test_a_minimal_pair_differs_in_one_word_and_in_its_answer():
@@ -117,28 +112,14 @@ def test_a_repaired_caption_adds_nothing():
     assert world.repair_caption("photo of large red circle top and small blue st") == one
     assert world.repair_caption("large red circle top, small blue star at top") == one
     assert world.repair_caption("red circle") == world.repair_caption("") == "INCOMPLETE"
-    scene = world.pick_scene(random.Random(3), "more")
-    repaired = world.repair_caption(world.caption(scene))
-    assert world.found("objects", repaired) == set(scene)
-
-
-def test_alt_text_never_names_a_held_out_pair():
-    """Not even where it is wrong about the picture, as it sometimes is."""
-    rng, wrong = random.Random(0), 0
-    for _ in range(3000):
-        scene = world.pick_scene(rng)
-        text = world.alt_text(scene, rng)
-        assert not any(f"{color} {shape}" in text for color, shape in world.HELD_PAIRS), text
-        named = {color for color in world.COLORS if re.search(rf"\b{color}\b", text)}
-        wrong += bool(named - {o.color for o in scene})
-    assert 30 < wrong < 300
+    assert world.found("objects", world.repair_caption(world.caption(SCENE))) == set(SCENE)
 
 
 # -- pictures -------------------------------------------------------------------------------------
 
 def drawn(shape: str, size="large", color="white", place="center", seed=1) -> np.ndarray:
     scene = (world.Object(size, color, shape, place),)
-    return pictures.draw(scene, random.Random(seed), 96)
+    return pictures.draw(scene, random.Random(seed), 96).astype(int)
 
 
 def test_colors_are_told_apart():
@@ -149,53 +130,46 @@ def test_colors_are_told_apart():
         assert min(off, key=off.get) == color
 
 
-def test_shapes_places_and_sizes_are_told_apart():
-    """Covered pixels lie in the right place, are more when large, and differ between shapes."""
+def test_shapes_are_told_apart():
+    """By the pixels that they cover."""
     covered = {}
     for shape in world.SHAPES:
-        bright = [drawn(shape, seed=seed).astype(int).sum(-1) > 450 for seed in range(30)]
-        covered[shape] = np.mean(bright, axis=0)
+        covered[shape] = np.mean([drawn(shape, seed=i).sum(-1) > 450 for i in range(30)], axis=0)
     for a, b in itertools.combinations(world.SHAPES, 2):
-        both = np.minimum(covered[a], covered[b]).sum()
-        either = np.maximum(covered[a], covered[b]).sum()
-        assert both < 0.85 * either, f"{a} and {b} look alike"
-    for place, x, y in [("top", 0.5, 0.17), ("left", 0.17, 0.5), ("center", 0.5, 0.5),
-                        ("right", 0.83, 0.5), ("bottom", 0.5, 0.83)]:
-        area = {}
-        for size in world.SIZES:
-            rows, columns = np.nonzero(drawn("ring", size, place=place).min(-1) > 150)
-            assert abs(rows.mean() / 96 - y) < 0.05 and abs(columns.mean() / 96 - x) < 0.05
-            area[size] = len(rows)
-        assert 1.5 < area["large"] / area["small"] < 5
+        both, either = np.minimum(covered[a], covered[b]), np.maximum(covered[a], covered[b])
+        assert both.sum() < 0.85 * either.sum(), f"{a} and {b} look alike"
+
+
+@pytest.mark.parametrize("place, x, y", [
+    ("top", 48, 16), ("left", 16, 48), ("center", 48, 48), ("right", 80, 48), ("bottom", 48, 80)])
+def test_places_and_sizes_are_told_apart(place, x, y):
+    area = {}
+    for size in world.SIZES:
+        rows, columns = np.nonzero(drawn("ring", size, place=place).min(-1) > 150)
+        assert abs(rows.mean() - y) < 5 and abs(columns.mean() - x) < 5
+        area[size] = len(rows)
+    assert 1.5 < area["large"] / area["small"] < 5
 
 
 def test_an_album_has_minigpt4s_layout(tmp_path):
-    """Its pictures load back bit by bit, each beside its own caption, and they vary."""
-    def caption(scene, rng):
-        return world.caption(scene)
-
-    scenes = pictures.write_toy_album(tmp_path, 3, "a 0", caption)
+    """Its pictures load back bit by bit, each beside its own caption."""
+    scenes = pictures.write_toy_album(tmp_path, 3, "a 0", lambda scene, rng: world.caption(scene))
     text = (tmp_path / "filter_cap.json").read_text(encoding="utf-8")
-    annotations = json.loads(text)["annotations"]
-    assert annotations == [dict(image_id=str(i), caption=world.caption(scene))
-                           for i, scene in enumerate(scenes)]
     rng = random.Random("a 0")
     assert scenes == [world.pick_scene(rng) for _ in scenes]
-    for i, scene in enumerate(scenes):
+    for i, (scene, annotation) in enumerate(zip(scenes, json.loads(text)["annotations"])):
+        assert annotation == dict(image_id=str(i), caption=world.caption(scene))
         loaded = np.asarray(Image.open(tmp_path / "image" / f"{i}.png"))
         assert (loaded == pictures.draw(scene, rng)).all()
-        assert (loaded != pictures.draw(scene, random.Random(2))).mean() > 0.5
 
 
 def test_symbols_are_not_in_the_order_of_captions():
     """The last place comes first, and the words of an object have another order, so that the
     encoder cannot teach the language model's own order."""
-    scene = (world.Object("small", "red", "ring", "top"),
-             world.Object("large", "blue", "moon", "bottom"))
-    said = pictures.scene_symbols(scene)
-    assert said == ["moon", "bottom", "blue", "large", "end", "ring", "top", "red", "small", "end"]
-    assert said == pictures.scene_symbols(scene[::-1])
-    assert pictures.scene_symbols(scene[:1]) == said[5:] + ["nothing"] * 5
+    said = pictures.scene_symbols(SCENE)
+    assert said == ["moon", "left", "blue", "large", "end", "ring", "top", "red", "small", "end"]
+    assert said == pictures.scene_symbols(SCENE[::-1])
+    assert pictures.scene_symbols(SCENE[:1]) == said[5:] + ["nothing"] * 5
     assert set(said) | {"nothing"} < set(pictures.SYMBOLS)
 
 

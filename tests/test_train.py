@@ -3,8 +3,8 @@
 import json
 import os
 import random
+import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,10 +66,6 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def weights(folder):
-    return checkpoint.load(folder)[0].state_dict()
-
-
 def meta(folder):
     return checkpoint.read_meta(checkpoint.find(folder))
 
@@ -99,11 +95,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(files, base, tmp_path, monkeypat
     sft(files, base, tmp_path / "broken", optimizer=optimizer)
     straight, broken = tmp_path / "straight/sharegpt", tmp_path / "broken/sharegpt"
     assert losses(broken) == losses(straight)
-    one, two = weights(straight), weights(broken)
+    one, two = (checkpoint.load(folder)[0].state_dict() for folder in (straight, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_second_run_neither_trains_again_nor_overwrites(files, base, tmp_path, capsys):
+    """Whatever differs from the first run is named."""
     def written():
         return (checkpoint.find(tmp_path / "sharegpt") / "model.pt").stat().st_mtime_ns
 
@@ -111,8 +108,13 @@ def test_a_second_run_neither_trains_again_nor_overwrites(files, base, tmp_path,
     before = written()
     sft(files, base, tmp_path, steps=2)
     assert "already trained" in capsys.readouterr().out
-    with pytest.raises(config.UserError, match="steps was 2, is now 3.*--resume=never"):
-        sft(files, base, tmp_path, steps=3)
+    other = tmp_path / "sharegpt.json"
+    other.write_text(files["vicuna"].read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    for changes in (dict(steps=3), dict(template="koala"), dict(data=other),
+                    dict(lora_rank=2, learning_rate=1e-3)):
+        name = next(iter(changes))
+        with pytest.raises(config.UserError, match=f"{name} was .*--resume=never"):
+            sft(files, base, tmp_path, **{"steps": 2, **changes})
     assert written() == before
     sft(files, base, tmp_path, steps=3, resume="never")
     assert meta(tmp_path / "sharegpt")["step"] == 3
@@ -188,8 +190,7 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("parameters, lora_rank, rate", [
-    (1e6, 0, 1e-3), (1e6, 2, 1e-2), (2e9, 0, 2e-5), (2e9, 2, 2e-4)])
+@pytest.mark.parametrize("parameters, lora_rank, rate", [(1e6, 2, 1e-2), (2e9, 0, 2e-5)])
 def test_large_models_learn_slowly(base, monkeypatch, parameters, lora_rank, rate):
     """The size of the model counts, not --preset: with --init=llama-7b alone, a large model was
     fine-tuned at a small one's rate."""
@@ -199,30 +200,15 @@ def test_large_models_learn_slowly(base, monkeypatch, parameters, lora_rank, rat
 
 
 def test_muon_moves_a_matrix_equally_in_all_directions():
-    """Whatever the singular values of the gradient are, those of the step lie around
-    lr * sqrt(size); AdamW has the rest."""
+    """Whatever the singular values of the gradient are, those of the step are near 1."""
     singular = torch.linalg.svdvals(train_sft.orthogonalize(torch.randn(3, 40, 16)))
     assert singular[:, :12].sub(1).abs().max() < 0.4
-    net = model.LLaMA(model.LLaMAConfig(dim=128, n_layers=2, n_heads=2, vocab_size=67))
-    cfg = train_sft.SFTConfig(steps=1, learning_rate=1e-3, optimizer="muon", weight_decay=0.0)
-    optimizer = train_sft.make_optimizer(net, cfg)
-    before = {name: p.clone() for name, p in net.state_dict().items()}
-    for p in net.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    step = {name: (p - before[name]).abs() for name, p in net.state_dict().items()}
-    for name in ("layers.0.attention.wq.weight", "layers.1.feed_forward.w2.weight"):
-        assert 0.3e-3 < step[name].pow(2).mean().sqrt() < 0.5e-3, name
-    for name in ("tok_embeddings.weight", "output.weight", "norm.weight"):  # AdamW's is lr
-        assert torch.allclose(step[name], torch.tensor(1e-3), rtol=1e-2), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weight_decay_is_for_matrices_only(optimizer):
+def test_weight_decay_is_for_matrices_only():
     """The gains of the norms belong near 1, and decay pulls to 0."""
-    cfg = train_sft.SFTConfig(steps=1, learning_rate=1e-3, optimizer=optimizer, weight_decay=0.5)
     net = small_network()
-    groups = train_sft.make_optimizer(net, cfg).param_groups
+    groups = train_sft.make_optimizer(net, train_sft.SFTConfig(weight_decay=0.5)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in net.named_parameters():
         assert decay[id(p)] == (0.5 if p.dim() > 1 else 0.0), name
@@ -230,12 +216,11 @@ def test_weight_decay_is_for_matrices_only(optimizer):
 
 def test_muon_equals_the_textbook_matrix_by_matrix():
     """Muon stacks matrices of one shape to share the iteration; over three steps each of them must
-    move as muon_textbook moves it alone."""
+    move as muon_textbook moves it alone. AdamW has the rest."""
     net = model.LLaMA(model.LLaMAConfig(**{**TINY, "n_layers": 2}, vocab_size=67))
     cfg = train_sft.SFTConfig(steps=1, learning_rate=0.02, optimizer="muon", weight_decay=0.1)
     optimizer = train_sft.make_optimizer(net, cfg)
     matrices = {n: p for n, p in net.named_parameters() if "layers" in n and p.dim() == 2}
-    assert len({p.shape for p in matrices.values()}) == 3 and len(matrices) == 14
     alone = {name: p.detach().clone() for name, p in matrices.items()}
     momenta = {name: torch.zeros_like(p) for name, p in alone.items()}
     for _ in range(3):
@@ -245,26 +230,21 @@ def test_muon_equals_the_textbook_matrix_by_matrix():
             p.grad = matrices[name].grad.clone()
             train_sft.muon_textbook(p, momenta[name], lr=0.02, weight_decay=0.1)
         optimizer.step()
+    for name, p in net.named_parameters():
+        assert ("momentum" in optimizer.state[p]) == (name in matrices), name
     for name, p in matrices.items():
         assert torch.allclose(p, alone[name], atol=1e-6), name
-        assert torch.allclose(optimizer.state[p]["momentum"], momenta[name], atol=1e-6), name
 
 
-def test_a_callback_does_not_change_the_run(files, base, tmp_path):
+def test_a_callback_does_not_change_the_run(files, base, tmp_path, capsys):
     """The toy chain asks the growing model a question every hundred steps. The losses must be
     those of a run that nobody watches."""
-    watch, steps = exam.watcher(data.find_tokenizer(str(base)), "plain"), []
-
-    def callback(net, step):
-        steps.append(step)
-        watch(net, step)
-        assert net.training
-
-    changes = dict(steps=103, template="plain", learning_rate=1e-3, seq_len=128, batch_size=1)
-    for name, watcher in (("alone", None), ("watched", callback)):
+    changes = dict(steps=103, template="plain", seq_len=128, batch_size=1)
+    watcher = exam.watcher(data.find_tokenizer(base), "plain")
+    for name, watch in (("alone", None), ("watched", watcher)):
         cfg = train_sft.SFTConfig(**{**SMALL, **changes}, out=str(tmp_path / name))
-        train_sft.fine_tune(cfg, "run", MACHINE, files["vicuna"], str(base), callback=watcher)
-    assert steps == [100]
+        train_sft.fine_tune(cfg, "run", MACHINE, files["vicuna"], str(base), callback=watch)
+    assert capsys.readouterr().out.count("step 100:") == 1
     assert losses(tmp_path / "alone/run") == losses(tmp_path / "watched/run")
 
 
@@ -282,50 +262,32 @@ def test_the_window_is_the_longest_row_so_far(files, base, tmp_path):
 
 @pytest.mark.parametrize("kind, template", [
     ("text", "plain"), ("base", "plain"), ("alpaca", "alpaca"), ("vicuna", "vicuna_v1.1")])
-def test_your_own_file_alone_is_enough(files, tmp_path, capsys, kind, template):
-    """--data=FILE: tokenizer and base are chosen, and the choice is printed. "base" is a file of
-    documents, one a line."""
+def test_your_own_file_alone_is_enough(files, tmp_path, kind, template):
+    """--data=FILE: tokenizer and base are chosen. "base" is a file of documents, one a line."""
     result = train(data=files[kind], out=tmp_path, steps=2, seq_len=512, vocab_size=400)
-    _, _, saved = checkpoint.load(result["folder"])
+    saved = meta(result["folder"])
     assert saved["finished"] and saved["template"] == template
-    assert "tokenizer" in capsys.readouterr().out
 
 
 def test_a_plan_estimates_the_rest(capsys, monkeypatch):
     """The first guess is corrected by each stage that is done; one that was done before (it takes
     no time) must not make the rest look free."""
-    now = [1000.0]
-    monkeypatch.setattr(train_sft.time, "time", lambda: now[0])
     plan = train_sft.Plan(dict(base=10, alpaca=20, vicuna=30), seconds=6.0)
-    plan.begin("base", "pre-training")
-    plan.begin("alpaca", "instructions")
-    now[0] += 60  # 20 steps in 60 seconds: half as long as guessed
-    plan.begin("vicuna", "conversations")
-    printed = capsys.readouterr().out
-    for words in ("about 6.0 minutes", "2 of 3: instructions; about 5.0", "about 1.5 minutes"):
-        assert words in printed
+    # Of base, nothing was left to do. Alpaca's 20 steps take 60 seconds, half as long as guessed.
+    clock = iter([1000.0, 1000.0, 1000.0, 1060.0, 1060.0])
+    monkeypatch.setattr(train_sft.time, "time", lambda: next(clock))
+    for stage in ("base", "alpaca", "vicuna"):
+        plan.begin(stage, "training")
+    assert re.findall(r"about (\S+) minutes", capsys.readouterr().out) == ["6.0", "5.0", "1.5"]
 
 
 # -- errors ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(stage="pretrain"), "needs text"),
-    (dict(batch_size=5000), "less than one batch"),
-    (dict(init="nowhere"), "no checkpoint in nowhere"),
-    (dict(seq_len=5000), "more than the"),
-], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
-def test_one_line_says_what_is_wrong(files, base, tmp_path, changes, words):
-    with pytest.raises(config.UserError, match=words) as caught:
+    (dict(batch_size=5000), "less than one batch"), (dict(seq_len=5000), "more than the")], ids=str)
+def test_too_much_for_the_data_or_the_model(files, base, tmp_path, changes, words):
+    with pytest.raises(config.UserError, match=words):
         sft(files, base, tmp_path, **changes)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("changes", [
-    dict(steps=-1), dict(warmup=1.5), dict(vocab_size=10), dict(batch_size=8, micro_batch=3)],
-    ids=str)
-def test_impossible_values(changes):
-    with pytest.raises(config.UserError):
-        train_sft.SFTConfig(**changes)
 
 
 def test_a_preset_is_the_first_word():
@@ -340,14 +302,13 @@ FAST = dict(documents=150, instructions=120, conversations=40, base=3, alpaca=2,
             questions=4)
 
 
-def test_the_whole_chain_in_small(tmp_path, capsys, monkeypatch):
+def test_the_whole_chain_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sft, "FAST", FAST)
     figures = train(fast=True, full=True, out=tmp_path, seq_len=192, vocab_size=1000)
     assert set(figures["table"]) == set(exam.ALL_ROWS)
     players = {"base", "Alpaca", "Vicuna", "no scene", "neighbor", "majority", "few-shot",
                "random init", "Alpaca ="}
     assert all(set(row) == players for row in figures["table"].values())
-    assert "python sample.py" in capsys.readouterr().out
     parents = []
     for name in ("base", "alpaca", "vicuna", "random-init", "alpaca-equal"):
         saved = meta(tmp_path / name)
@@ -360,12 +321,7 @@ def test_the_whole_chain_in_small(tmp_path, capsys, monkeypatch):
 
 def test_the_commands_that_are_printed_at_the_end_suit_the_run(capsys):
     """Without its --seed, --full would train all models again."""
-    cfg = train_sft.SFTConfig(out="my/runs", seed=3)
-    exam.print_next_steps(cfg, 1.0)
+    exam.print_next_steps(train_sft.SFTConfig(out="my/runs", seed=3), 1.0)
     printed = capsys.readouterr().out
-    exam.print_next_steps(replace(cfg, full=True), 1.0)
-    assert "--full" not in capsys.readouterr().out
-    for words in ("--ckpt=my/runs/vicuna", "--init=my/runs/vicuna --out=my/runs",
-                  "train_sft.py --out=my/runs --seed=3 --full",
-                  "--tokenizer=my/runs/base", "my/runs/data/sharegpt.json"):
-        assert words in printed
+    assert "train_sft.py --out=my/runs --seed=3 --full" in printed
+    assert "--ckpt=my/runs/vicuna" in printed
