@@ -54,7 +54,7 @@ from tools.run import (
 class SFTConfig:
     stage: Literal["all", "pretrain", "sft"] = "all"  # all: whatever --data needs
     data: str = ""  # plain text, ShareGPT or Alpaca file; the toy chain when not given
-    out: str = "out"  # folder of the run
+    out: str = ""  # folder of the run; default: out, or out/fast with --fast
     init: str = ""  # checkpoint folder to fine-tune
     tokenizer: str = ""  # tokenizer.model or checkpoint folder; trained on the data when not given
     template: str = ""  # for your own data: alpaca for Alpaca files, else vicuna_v1.1
@@ -86,6 +86,7 @@ class SFTConfig:
     patience: float = 30.0  # torchrun: minutes after which a silent process counts as lost
 
     def __post_init__(self):
+        self.out = self.out or ("out/fast" if self.fast else "out")
         config.check_above(self, 0, "seq_len", "batch_size", "epochs", "clip", "save_minutes",
                            "patience")
         config.check_at_least(self, 0, "steps", "learning_rate", "weight_decay", "micro_batch",

@@ -53,7 +53,7 @@ class VLMConfig:
     images: str = ""  # folder of pictures with captions; toy pictures when not given
     init: str = "out/vicuna"  # the language model
     vision: str = ""  # ViT and Q-Former: checkpoint folder or published files; stage 0's by default
-    out: str = "out"  # folder of the run
+    out: str = ""  # folder of the run; default: out, or out/fast with --fast
     teacher: str = ""  # repairs descriptions: MODEL@URL, a checkpoint; for toy pictures, the oracle
     review: bool = False  # check every remaining description by hand: accept, edit or drop
     steps: int = 0  # optimizer steps of the chosen --stage; 0: as in the recipe
@@ -71,6 +71,7 @@ class VLMConfig:
     full: bool = False  # toy pictures: also the random-encoder control and minimal pairs
 
     def __post_init__(self):
+        self.out = self.out or ("out/fast" if self.fast else "out")
         config.check_at_least(self, 0, "steps", "batch_size", "learning_rate", "micro_batch",
                               "seed")
         config.check_above(self, 0, "save_minutes")

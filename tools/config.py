@@ -174,6 +174,9 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
     named = ", ".join(name for name in commands if name)
     if argv[:1] == ["--help"]:
         print(f"commands: {named}; `{script} COMMAND --help` lists the options of one\n")
+        if "" not in commands:
+            print(sys.modules["__main__"].__doc__)
+            sys.exit(0)
     if word not in commands:
         if not word:
             raise UserError(f"missing command; choose from {named}")
