@@ -318,13 +318,15 @@ def review(judge, path: Path, answers: dict[str, list[dict]], questions: list[Qu
     first, second = (answers[name] for name in names_of(path))
     prompts = [judge_prompt(q, a, b, prompts) for q, a, b in zip(questions, first, second)]
     replies = cache.ask(judge, prompts, [], path.stem)
-    # Scores in the file take precedence: a person may have added or corrected them.
-    stored = {r.get("review_id"): two_scores(r.get("score")) for r in read_reviews(path)}
+    # The score of a review that is in the file takes precedence: a person may have corrected it.
+    stored = {}
+    for r in read_reviews(path):
+        stored[r.get("review_id"), r.get("text")] = two_scores(r.get("score"))
     records = []
     for q, a, b, prompt, reply in zip(questions, first, second, prompts, replies):
         key = teacher.reply_key(judge, prompt, [])
         text = reply.text if reply else "error"  # as FastChat writes it
-        score = stored.get(key) or read_scores(text) or (-1, -1)
+        score = stored.get((key, text)) or read_scores(text) or (-1, -1)
         records.append(dict(
             review_id=key, question_id=q.id, answer1_id=a["answer_id"], answer2_id=b["answer_id"],
             text=text, score=score, reviewer_id=judge.name, metadata={}))

@@ -335,6 +335,14 @@ def test_a_judge_without_scores_ranks_nobody(tmp_path, capsys, monkeypatch, repl
     assert again["totals"] == [9, 8] and len(again["left_out"]) == 79
 
 
+def test_an_oracle_with_other_rules_gives_other_scores(tmp_path, monkeypatch):
+    """A student edits how the oracle judges and runs the same command: the scores of the last run
+    are not shown again."""
+    before = run(tmp_path, swap=False)["pairs"][0]
+    monkeypatch.setattr(teacher.Oracle, "review", lambda self, conversation: "5 5")
+    assert run(tmp_path, swap=False)["pairs"][0]["totals"] == [400, 400] != before["totals"]
+
+
 # -- published review files -----------------------------------------------------------------------
 
 def test_stored_scores_count_and_else_the_text_is_read(tmp_path):

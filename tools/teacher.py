@@ -103,6 +103,8 @@ class ReplyCache:
 
     def ask(self, model, conversations: Conversations, settings: list, label: str) -> Replies:
         """The reply to each conversation, from the file or from the model."""
+        if model.name in TOYS:  # costs nothing, and its rules may have been edited
+            return model(conversations)
         keys = [reply_key(model, c, settings) for c in conversations]
         missing = {key: c for key, c in zip(keys, conversations) if key not in self.replies}
         missing_keys = list(missing)
