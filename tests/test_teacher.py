@@ -155,7 +155,7 @@ def test_ctrl_c_keeps_open_requests(fake):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         client(fake, workers=2)(asking(*"abcdefgh"), kept.__setitem__)
-    assert 3 <= len(fake.requests) == len(fake.answered) == len(kept) <= 4
+    assert 3 <= len(fake.requests) == len(fake.answered) == len(kept) < 8, "it went on"
 
 
 def test_only_a_local_server_needs_no_key(fake, monkeypatch):
