@@ -220,6 +220,13 @@ TEMPLATES = {
 }
 # Templates to chat in, where they differ from the one the model was trained in.
 CHAT_TEMPLATES = {"minigpt4": "minigpt4_chat"}
+# MiniGPT-4's published instructions of stage 2, and its request for descriptions to be curated.
+IMAGE_INSTRUCTIONS = ("Describe this image in detail.",
+                      "Take a look at this image and describe what you notice.",
+                      "Please provide a detailed description of the picture.",
+                      "Could you describe the contents of this image for me?")
+IMAGE_REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything "
+                 "you see.")
 
 
 def get_template(name: str) -> Template:
@@ -466,8 +473,8 @@ def kind_of(path) -> str:
     return read_file(path)[0]
 
 
-def default_template(path) -> str:
-    return "alpaca" if kind_of(path) == "alpaca" else "vicuna_v1.1"
+def default_template(kind: str) -> str:
+    return "alpaca" if kind == "alpaca" else "vicuna_v1.1"
 
 
 def is_blank(text: str) -> bool:
@@ -870,7 +877,7 @@ def show(cfg: ShowConfig) -> dict:
         from tools import checkpoint  # the rest of this file needs no model
         model, _, meta = checkpoint.load(cfg.ckpt)
     tokenizer = find_tokenizer(cfg.tokenizer or cfg.ckpt or "out/base")
-    template = cfg.template or meta.get("template") or default_template(cfg.file)
+    template = cfg.template or meta.get("template") or default_template(kind_of(cfg.file))
     total, supervised = 0, 0
     chosen = random.Random(cfg.seed).sample(conversations, min(cfg.count, len(conversations)))
     for c in chosen:
@@ -959,7 +966,8 @@ class StatsConfig:
 
 def stats(cfg: StatsConfig) -> dict:
     """Prints the size of a file, what was dropped, and a histogram of lengths."""
-    tokenizer, template = find_tokenizer(cfg.tokenizer), cfg.template or default_template(cfg.file)
+    tokenizer = find_tokenizer(cfg.tokenizer)
+    template = cfg.template or default_template(kind_of(cfg.file))
     report, lengths, turns, supervised = Report(), [], 0, 0
     for c in load_conversations(cfg.file, report):
         example = render(c, template, tokenizer)

@@ -513,7 +513,7 @@ def fine_tune(cfg: SFTConfig, name: str, machine: Machine, path, parent: str = "
 
     Starts from `parent`, or from scratch with `shape` and `tokenizer`.
     """
-    template = cfg.template or data.default_template(path)
+    template = cfg.template or data.default_template(data.kind_of(path))
     if not parent:
         c = model.LLaMAConfig(**shape)
     else:
@@ -562,14 +562,14 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
             raise UserError(f"{cfg.data} holds {kind}; --stage=sft needs conversations")
         refuse_unused(cfg, ("init", "template", "lora_rank"),
                       f"{kind} pre-trains a new model from scratch")
-        own_text(cfg, name, machine)
+        own_text(cfg, name, machine, kind)
         return dict(folder=str(out / name))
     if cfg.stage == "pretrain":
         raise UserError(f"{cfg.data} holds conversations ({kind}); --stage=pretrain needs text")
     parent, reason = choose_base(cfg)
     if cfg.stage == "sft" and not parent:
         raise UserError(f"--stage=sft needs --init: {reason}")
-    template = cfg.template or data.default_template(cfg.data)
+    template = cfg.template or data.default_template(kind)
     if parent:
         refuse_unused(cfg, ("preset", "vocab_size", "tokenizer"), f"{parent} has its own")
         print(f"{cfg.data} is {kind}, template {template}: fine-tuning {parent} ({reason})")
@@ -585,19 +585,18 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
         machine.barrier()
         # learning_rate 0 is auto; --learning_rate is for fine-tuning
         base = replace(cfg, data=str(text), learning_rate=0.0, lora_rank=0, steps=steps)
-        own_text(base, f"{name}-base", machine)
-    fine_tune(cfg, name, machine, cfg.data, parent)
+        own_text(base, f"{name}-base", machine, "text")
+    fine_tune(replace(cfg, template=template), name, machine, cfg.data, parent)
     return dict(folder=str(out / name))
 
 
-def own_text(cfg: SFTConfig, name: str, machine: Machine) -> None:
+def own_text(cfg: SFTConfig, name: str, machine: Machine, kind: str) -> None:
     """Pre-trains on plain text or documents."""
     tokenizer, source = None, f"a new tokenizer of at most {cfg.vocab_size} pieces"
     if cfg.tokenizer:
         refuse_unused(cfg, ("vocab_size",), "--tokenizer is given")
         tokenizer = data.find_tokenizer(cfg.tokenizer)
         source = f"the tokenizer of {cfg.tokenizer}"
-    kind = data.kind_of(cfg.data)
     print(f"{cfg.data} is {kind}: pre-training a {cfg.preset} model on it, with {source}")
     pretrain(cfg, name, machine, cfg.data, tokenizer)
 

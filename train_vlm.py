@@ -98,13 +98,6 @@ PRESETS = {
                         out="out/minigpt4-7b"),
     "minigpt4-13b": dict(recipe="published", init="minigpt4-13b/vicuna", vision="minigpt4-13b",
                          out="out/minigpt4-13b")}
-# The published instructions of stage 2, and the paper's request for descriptions in curation.
-INSTRUCTIONS = ("Describe this image in detail.",
-                "Take a look at this image and describe what you notice.",
-                "Please provide a detailed description of the picture.",
-                "Could you describe the contents of this image for me?")
-REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you "
-           "see.")
 # Our own prompt for the teacher in curation.
 REPAIR = ("Below is a paragraph that a program has written. Correct its errors: remove sentences "
           "that repeat others, meaningless characters and what is not English; complete or remove "
@@ -425,6 +418,7 @@ def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
     verdicts are kept in files.
     """
     out = Path(vlm.cfg.out) / "curated"
+    reviewed = teacher.ReplyCache(out / "reviewed.jsonl")
     said = describe_pool(vlm, net, work)
     repaired = work.repair(said)
     report = Counter(asked=len(said))
@@ -441,7 +435,7 @@ def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
         else:
             verdict = "kept as it was" if text == before.strip() else "repaired and kept"
             if vlm.cfg.review:
-                text, verdict = review(work.pool[i].path, text, verdict, out / "reviewed.jsonl")
+                text, verdict = review(work.pool[i].path, text, verdict, reviewed)
         report[verdict] += 1
         if not verdict.startswith("dropped"):
             path = str(work.pool[i].path.resolve())
@@ -456,11 +450,11 @@ def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
 def describe_pool(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> list[str]:
     """The aligned model's descriptions; short ones are continued once, with "Continue"."""
     features = encode_images(net, [c.path for c in work.pool], vlm.machine)
-    said, _ = ask(net, vlm, [REQUEST] * len(work.pool), features, 96)
+    said, _ = ask(net, vlm, [data.IMAGE_REQUEST] * len(work.pool), features, 96)
     short = [i for i, text in enumerate(said) if len(vlm.tokenizer.encode(text)) < work.min_tokens]
     again = []
     for i in short:
-        again.append([data.Turn("user", REQUEST), data.Turn("assistant", said[i]),
+        again.append([data.Turn("user", data.IMAGE_REQUEST), data.Turn("assistant", said[i]),
                       data.Turn("user", "Continue")])
     more, _ = ask(net, vlm, again, features[short], 96)
     for i, text in zip(short, more):
@@ -468,19 +462,15 @@ def describe_pool(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> list[str]
     return said
 
 
-def review(path: Path, text: str, verdict: str, log: Path) -> tuple[str, str]:
-    """--review: the user accepts, drops or rewrites a description. Answers are kept in `log`, so
-    that nothing is asked twice."""
+def review(path: Path, text: str, verdict: str,
+           reviewed: teacher.ReplyCache) -> tuple[str, str]:
+    """--review: the user accepts, drops or rewrites a description, and is asked only once."""
     key = teacher.digest(str(path), text)
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    answers = dict(json.loads(line) for line in lines)
-    if key not in answers:
+    if key not in reviewed.replies:
         print(f"\n{path}\n{text}")
-        answers[key] = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps([key, answers[key]]) + "\n")
-    answer = answers[key]
+        typed = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
+        reviewed.add(key, teacher.Reply(typed, ended=True))
+    answer = reviewed.replies[key].text
     if answer.lower() == "d":
         return text, "dropped: by you"
     return (answer, "repaired and kept") if answer else (text, verdict)
@@ -513,7 +503,7 @@ def learn_caption_words(vlm: VLMRun, album: Sequence[Captioned]) -> VLMRun:
     rows, _ = caption_words(album, 4)
     for c, words in zip(album, rows):
         shown = " ".join(word for word in words if word != NOTHING)
-        text = f"<Img>{shown}</Img> {rng.choice((REQUEST, *INSTRUCTIONS))}"
+        text = f"<Img>{shown}</Img> {rng.choice((data.IMAGE_REQUEST, *data.IMAGE_INSTRUCTIONS))}"
         turns = [data.Turn("user", text), data.Turn("assistant", c.caption)]
         conversations.append(data.Conversation(turns))
     data.save_conversations(conversations, path)
@@ -585,8 +575,9 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
         if stage == "1" and recipe != "photos":
             example = alt_text_example(c.caption, net.n_queries, vlm.tokenizer, system)
         else:
-            example = description_example(c.caption, rng.choice(INSTRUCTIONS), net.n_queries,
-                                          vlm.template, vlm.tokenizer, sft.seq_len)
+            instruction = rng.choice(data.IMAGE_INSTRUCTIONS)
+            example = description_example(c.caption, instruction, net.n_queries, vlm.template,
+                                          vlm.tokenizer, sft.seq_len)
         examples.append(example)
     sft = replace(sft, seq_len=max(len(e.tokens) for e in examples))
     images = frozen_images(net, [c.path for c in album], vlm.machine)
@@ -737,7 +728,7 @@ def photo_exam(vlm: VLMRun, net: vision.MiniGPT4, learn: Sequence[Captioned],
     shuffled[order] = features[order.roll(1)]  # nobody keeps its own
     figures = {}
     for name, seen in (("MiniGPT-4", features), ("shuffled", shuffled)):
-        replies, _ = ask(net, vlm, [INSTRUCTIONS[0]] * len(held), seen)
+        replies, _ = ask(net, vlm, [data.IMAGE_INSTRUCTIONS[0]] * len(held), seen)
         right = [first_label(reply) == t for reply, t in zip(replies, truth)]
         figures[name] = sum(right) / len(held)
         print(f"{name}: first label word right in {100 * figures[name]:.1f}% of {len(held)} "

@@ -358,11 +358,11 @@ def drop_tokens(turn: Turn, n: int, tokenizer: Tokenizer) -> Turn:
 def split_file(cfg: SplitConfig) -> dict:
     refuse_overwrite(cfg.file, cfg.out)
     report, pieces = Report(), []
-    tokenizer = data.find_tokenizer(cfg.tokenizer)
-    template = cfg.template or data.default_template(cfg.file)
+    tokenizer, kind = data.find_tokenizer(cfg.tokenizer), data.kind_of(cfg.file)
+    template = cfg.template or data.default_template(kind)
     for c in data.load_conversations(cfg.file, report):
         pieces += split(c, template, tokenizer, cfg.seq_len, report)
-    return write_result(pieces, cfg.out, report, data.kind_of(cfg.file))
+    return write_result(pieces, cfg.out, report, kind)
 
 
 if __name__ == "__main__":

@@ -403,9 +403,9 @@ def test_curation(tmp_path, album, micro, monkeypatch):
 
     def ask(net, vlm, questions, features, limit):
         shown.append(features)
-        if questions[0] == train_vlm.REQUEST:
+        if questions[0] == data.IMAGE_REQUEST:
             return [*list(CURATED)[:-1], "a"], None
-        assert [turn.text for turn in questions[0]] == [train_vlm.REQUEST, "a", "Continue"]
+        assert [turn.text for turn in questions[0]] == [data.IMAGE_REQUEST, "a", "Continue"]
         return ["blue star"], None
 
     class Server:

@@ -119,7 +119,7 @@ def load_examples(cfg: BenchConfig) -> list[data.Example]:
     them."""
     with tempfile.TemporaryDirectory() as scratch:
         file = cfg.data or write_toy_instructions(Path(scratch) / "alpaca.json")
-        template = data.default_template(file)
+        template = data.default_template(data.kind_of(file))
         conversations = data.load_conversations(file)
         random.Random(1).shuffle(conversations)
         conversations = conversations[:4000]

@@ -101,6 +101,12 @@ class ReplyCache:
             key = record.pop("key")
             self.replies[key] = Reply(**record)
 
+    def add(self, key: str, reply: Reply) -> None:
+        self.replies[key] = reply
+        line = json.dumps(dict(key=key, **reply._asdict()), ensure_ascii=False)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" + line)  # newline first: the last line may be truncated
+
     def ask(self, model, conversations: Conversations, settings: list, label: str) -> Replies:
         """The reply to each conversation, from the file or from the model."""
         if model.name in TOYS:  # costs nothing, and its rules may have been edited
@@ -111,10 +117,7 @@ class ReplyCache:
 
         with tqdm(total=len(missing), desc=label, leave=False) as bar:
             def keep(n: int, reply: Reply) -> None:
-                self.replies[missing_keys[n]] = reply
-                line = json.dumps(dict(key=missing_keys[n], **reply._asdict()), ensure_ascii=False)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("\n" + line)  # newline first: the last line may be truncated
+                self.add(missing_keys[n], reply)
                 bar.update()
 
             model(list(missing.values()), keep)

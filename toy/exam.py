@@ -8,6 +8,7 @@ pre-training.
 References: CHAIR (1809.02156) and POPE (2305.10355) for object hallucination.
 """
 
+import functools
 import json
 import random
 import re
@@ -205,6 +206,7 @@ def print_dialogues(play: Player) -> None:
 
 # -- while the models are trained -----------------------------------------------------------------
 
+@functools.cache
 def watched_item() -> world.Item:
     """A question about a held-out scene, which every model is asked while it is trained."""
     items = [item for item in world.test_set("scenes", 500) if len(item.turns) == 1]
@@ -384,7 +386,7 @@ def see_and_tell(players: dict[str, Callable], n: int, splits: Sequence[str]) ->
     for split in splits:
         e = picture_exam(split, n)
         told = [world.tell(scene, rng) for scene in e.scenes]
-        wishes = [world.INSTRUCTIONS[i % 4] for i in range(len(told))]
+        wishes = [data.IMAGE_INSTRUCTIONS[i % 4] for i in range(len(told))]
         questions = [q.text for q in e.questions]
         for name, play in players.items():
             said = play(e, wishes, [f"{t} Describe the scene." for t in told])

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import data
 from tools.config import run
 
 SIZES = ("small", "large")
@@ -242,14 +243,6 @@ class Question:
     ref: str | None = None  # how the question names its object
 
 
-# Published prompts of MiniGPT-4 (see train_vlm.py). The toy models are trained on them, too.
-INSTRUCTIONS = ("Describe this image in detail.",
-                "Take a look at this image and describe what you notice.",
-                "Please provide a detailed description of the picture.",
-                "Could you describe the contents of this image for me?")
-REQUEST = ("Describe this image in detail. Give as many details as possible. Say everything you "
-           "see.")
-
 # Ways to ask, by kind of question. The last two of each kind are held out of training
 # ("phrasings").
 FORMS = """
@@ -349,7 +342,8 @@ def read_forms(text: str) -> dict[str, list[str]]:
 
 
 ASK = read_forms(FORMS)
-ASK["describe"][-2:-2] = [*INSTRUCTIONS, REQUEST]  # before the two that are held out
+# MiniGPT-4's prompts, before the two forms that are held out
+ASK["describe"][-2:-2] = [*data.IMAGE_INSTRUCTIONS, data.IMAGE_REQUEST]
 SCENE_KINDS = ("color", "shape", "size", "where", "at", "count", "exists", "describe", "gone",
                "paint", "draw", "be", "story")
 OTHER_KINDS = ("town", "job", "bigger", "legs", "sum", "loop")
