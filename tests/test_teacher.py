@@ -151,11 +151,11 @@ def test_ctrl_c_keeps_open_requests(fake):
     def interrupt(body):
         os.kill(os.getpid(), signal.SIGINT)
 
-    fake.script, fake.delay, kept = [None, None, interrupt], 0.3, {}
+    fake.script, fake.delay, kept = [None, None, interrupt], 1.0, {}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         client(fake, workers=2)(asking(*"abcdefgh"), kept.__setitem__)
-    assert 3 <= len(fake.requests) == len(fake.answered) == len(kept) < 8, "it went on"
+    assert 3 <= len(fake.requests) == len(fake.answered) == len(kept) <= 4
 
 
 def test_only_a_local_server_needs_no_key(fake, monkeypatch):
