@@ -47,6 +47,7 @@ from tools.run import (
     explain_errors,
     find_resume,
     language_model,
+    lock,
 )
 
 
@@ -336,8 +337,10 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
     the run depends on: if they change, it is not resumed.
     """
     folder = Path(cfg.out) / name
-    if parent and Path(parent).resolve() == folder.resolve():
-        raise UserError(f"{folder} is the model to start from; choose another --out")
+    if parent:
+        step = checkpoint.find(parent).resolve()
+        if folder.resolve() in (step, step.parent):
+            raise UserError(f"{folder} is the model to start from; choose another --out")
     cfg = resolve(cfg, parent, shape)
     if cfg.optimizer == "muon" and machine.sharded:
         raise UserError("--optimizer=muon needs whole matrices, but under torchrun every process "
@@ -366,7 +369,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
         announce(name, cfg, net, settings["parent"], rows)
         machine.barrier()  # every process must be past find_resume
         if machine.rank == 0:
-            for old in folder.glob("step-*"):
+            for old in checkpoint.steps(folder):
                 shutil.rmtree(old)
     start, optimizer_state = (resume.step, resume.optimizer) if resume else (0, None)
     with explain_errors(cfg, machine, folder):
@@ -694,7 +697,8 @@ def main(cfg: SFTConfig) -> dict:
     if not machine.sharded:
         refuse_unused(cfg, ("patience",), "it is for torchrun")
     try:
-        return own_data(cfg, machine) if cfg.data else toy_chain(cfg, machine)
+        with lock(cfg.out, machine):
+            return own_data(cfg, machine) if cfg.data else toy_chain(cfg, machine)
     finally:
         if machine.sharded:
             dist.destroy_process_group()

@@ -44,7 +44,7 @@ import vision
 from tools import checkpoint, config, teacher
 from tools.config import UserError, refuse_unused
 from tools.machine import Machine, choose_machine
-from tools.run import Plan
+from tools.run import Plan, lock
 
 
 @dataclass
@@ -203,9 +203,13 @@ def pictures_by_name(folder: Path) -> dict[str, Path]:
     return by_name
 
 
-def captions_digest(album: Sequence[Captioned]) -> str:
-    text = "\n".join(c.caption for c in album)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def album_digest(album: Sequence[Captioned]) -> str:
+    """Identifies captions and pictures, wherever the files are."""
+    key = hashlib.sha256()
+    for c in album:
+        picture = hashlib.sha256(c.path.read_bytes()).hexdigest()
+        key.update(f"{picture} {c.caption}\n".encode())
+    return key.hexdigest()[:16]
 
 
 # -- stage 0: the encoder learns to name what it sees ---------------------------------------------
@@ -525,7 +529,7 @@ def train_encoder(vlm: VLMRun, album: Sequence[Captioned]) -> Path:
     if album:
         words, vocabulary = caption_words(album, qformer.n_queries)
         pick = photo_batches(album, words, cfg.seed)
-        source = captions_digest(album)
+        source = album_digest(album)
     else:
         from toy import pictures
         vocabulary = pictures.SYMBOLS
@@ -583,7 +587,7 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
     images = frozen_images(net, [c.path for c in album], vlm.machine)
     rows = PictureRows(examples, sft.seq_len, vlm.tokenizer.eos, vlm.cfg.seed, images)
     train_sft.run_stage(sft, name, vlm.machine, rows, vlm.tokenizer, vlm.template,
-                        captions_digest(album), network=net, extra_settings=parts, parent=parent,
+                        album_digest(album), network=net, extra_settings=parts, parent=parent,
                         window=vlm.window)
 
 
@@ -767,7 +771,8 @@ def main(cfg: VLMConfig) -> dict:
         if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
             raise UserError("torchrun is for --stage=1 or 2 with --images and --vision; everything "
                             "else runs in a single process")
-        return run_stages(open_run(cfg, machine))
+        with lock(cfg.out, machine):
+            return run_stages(open_run(cfg, machine))
     finally:
         if machine.sharded:
             torch.distributed.destroy_process_group()

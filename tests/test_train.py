@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -118,6 +119,50 @@ def test_a_second_run_neither_trains_again_nor_overwrites(files, base, tmp_path,
     assert written() == before
     sft(files, base, tmp_path, steps=3, resume="never")
     assert meta(tmp_path / "sharegpt")["step"] == 3
+
+
+def test_init_is_what_it_holds_not_how_its_path_is_written(files, base, tmp_path, capsys,
+                                                           monkeypatch):
+    """A relative path, a link or a copy of the same weights is no reason to refuse to resume; other
+    weights in the same place are."""
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    shutil.copytree(base, elsewhere)
+    link.symlink_to(elsewhere)
+    sft(files, base, tmp_path, steps=2)
+    monkeypatch.chdir(tmp_path)
+    for init in ("elsewhere", f"./elsewhere/../{elsewhere.name}", link, checkpoint.find(link)):
+        sft(files, init, tmp_path, steps=2)
+        assert "already trained" in capsys.readouterr().out
+    net, tokenizer, saved = checkpoint.load(elsewhere)
+    checkpoint.save(elsewhere, model.LLaMA(net.config), saved, tokenizer)
+    with pytest.raises(config.UserError, match="parent_crc was"):
+        sft(files, elsewhere, tmp_path, steps=2)
+    for init in (tmp_path / "sharegpt", checkpoint.find("sharegpt"), "link/../sharegpt"):
+        with pytest.raises(config.UserError, match="is the model to start from"):
+            sft(files, init, tmp_path, steps=2, resume="never")
+
+
+def test_training_again_deletes_only_what_is_ours(files, base, tmp_path):
+    """--resume=never deleted the user's copies of good steps."""
+    sft(files, base, tmp_path, steps=2)
+    run = tmp_path / "sharegpt"
+    shutil.copytree(run / "step-000002", run / "step-000002 (copy)")
+    (run / "step-000007").symlink_to(base)
+    (run / "step-notes.txt").write_text("the good one is 2")
+    sft(files, base, tmp_path, steps=3, resume="never")
+    kept = {path.name for path in run.glob("step-*")}
+    assert kept == {"step-000001", "step-000002 (copy)", "step-000003", "step-000007",
+                    "step-notes.txt"}
+    assert (run / "step-000002 (copy)" / "model.pt").exists() and (base / "latest").exists()
+
+
+def test_the_plot_of_the_losses_skips_damaged_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, content in (("base", b'{"step": 0, "loss": 2.5}\n\0\xff\n{"st'), ("killed", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(content)
+    exam.plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").exists()
 
 
 # -- the loss and the optimizer -------------------------------------------------------------------
