@@ -43,7 +43,7 @@ import train_sft
 import vision
 from tools import checkpoint, config, teacher
 from tools.config import UserError, refuse_unused
-from tools.machine import Machine, choose_machine
+from tools.machine import Machine, choose_machine, use_threads
 from tools.run import Plan, lock
 
 
@@ -64,6 +64,7 @@ class VLMConfig:
     recipe: Literal["auto", "toy", "photos", "published"] = "auto"  # hyperparameters, text format
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cuda, mps or cpu
+    threads: int = 0  # CPU threads of a process; 0: OMP_NUM_THREADS, else one per core
     seed: int = 0  # of the pictures, the initialization, and the shuffling
     save_minutes: float = 5.0  # between checkpoints
     resume: Literal["auto", "never"] = "auto"  # never: train every stage again
@@ -73,7 +74,7 @@ class VLMConfig:
     def __post_init__(self):
         self.out = self.out or ("out/fast" if self.fast else "out")
         config.check_at_least(self, 0, "steps", "batch_size", "learning_rate", "micro_batch",
-                              "seed")
+                              "seed", "threads")
         config.check_above(self, 0, "save_minutes")
 
 
@@ -766,6 +767,7 @@ def main(cfg: VLMConfig) -> dict:
     check_options(cfg)
     if recipe_of(cfg) == "toy" and not cfg.images and cfg.dtype == "auto":
         cfg = replace(cfg, dtype="float32")  # like the toy language model
+    use_threads(cfg.threads, cfg.device)
     machine = choose_machine(cfg.device, cfg.dtype)
     try:
         if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):

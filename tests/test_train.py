@@ -6,6 +6,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import data
 import model
 import train_sft
+from conftest import ROOT
 from tools import checkpoint, config, machine
 from toy import exam, world
 
@@ -163,6 +166,41 @@ def test_the_plot_of_the_losses_skips_damaged_lines(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_bytes(content)
     exam.plot_losses(tmp_path)
     assert (tmp_path / "loss.png").exists()
+
+
+# -- a busy machine -------------------------------------------------------------------------------
+
+def test_a_busy_machine_gets_one_line_of_advice(monkeypatch, capsys):
+    """Threads that wait for each other made stage 0 of the toy 24 times slower. It is advice only,
+    since the digits depend on the number of threads: --threads chooses, and is not argued with."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for threads, free, advice in ((4, 2.7, "--threads=2 would be faster"), (4, 3.9, ""),
+                                  (2, 0.6, "--threads=1 would be faster"), (1, 0.5, "")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(machine, "free_cores", lambda free=free: free)
+        machine.use_threads(0, "cpu")
+        said = capsys.readouterr().out
+        assert advice in said and said.count("\n") == bool(advice)
+    assert chosen == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "free_cores", lambda: 0.5)
+    machine.use_threads(1, "cpu")
+    assert chosen == [1] and not capsys.readouterr().out
+    with pytest.raises(config.UserError, match="--threads=100000: this machine has"):
+        machine.use_threads(100_000, "cpu")
+
+
+def test_free_cores_are_measured():
+    """Two threads that may use one core get one core. (The load average would also count what ended
+    a minute ago.)"""
+    code = ("import os, torch; from tools import machine; torch.set_num_threads(2); "
+            "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); "
+            "print(machine.free_cores())")
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("Linux only")
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert 0 < float(printed.stdout) < 1.1
 
 
 # -- the loss and the optimizer -------------------------------------------------------------------
