@@ -284,7 +284,8 @@ def question_spans(conversation: Conversation, i: int, t: Template) -> Iterator[
     else:
         before = (system + t.between if system else "") + t.start
     if turn.slots:
-        ask = ask.replace("{text}", "<Img>{slots}</Img> {text}")
+        image = "<Img>{slots}</Img>"
+        ask = ask.replace("{text}", f"{image} {{text}}" if text else image)
     continues = i > 0 and t.ask_continues
     # Split before filling in the text, so that it cannot inject </s> or an image slot.
     for part in re.split(r"(</s>|\{slots\})", ask):

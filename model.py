@@ -61,7 +61,7 @@ class LLaMAConfig:
 # Table 2 of [1] and Meta's params.json. "toy" and "small" are ours: hidden_dim is 8/3 dim, rounded
 # up to a multiple of 32 or 128, and the small theta of "toy" suits its short context.
 PRESETS = {
-    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=500.0, max_seq_len=1024),
+    "toy": dict(dim=128, n_layers=4, n_heads=2, hidden_dim=352, rope_theta=2000., max_seq_len=1024),
     "small": dict(dim=512, n_layers=8, n_heads=8, hidden_dim=1408),
     "7B": dict(dim=4096, n_layers=32, n_heads=32),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),

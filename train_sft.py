@@ -629,9 +629,9 @@ def choose_base(cfg: SFTConfig) -> tuple[str, str]:
 # Sizes of the data, steps of each stage, and questions in each row of the exam. "equal": the steps
 # after which Alpaca has seen about as many supervised tokens as Vicuna.
 TOY = dict(documents=16000, instructions=6000, conversations=12000, base=760, alpaca=100,
-           vicuna=600, equal=1860, questions=100)
+           vicuna=1500, equal=5200, questions=100)
 FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alpaca=40,
-            vicuna=150, equal=460, questions=50)
+            vicuna=150, equal=520, questions=50)
 
 
 def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
@@ -648,6 +648,9 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
     files = world.write_files(out / "data", sizes, cfg.seed)
     tokenizer = exam.toy_tokenizer(files, cfg.vocab_size, out / "data" / "toy.model")
     shape, base = model.PRESETS[cfg.preset], str(out / "base")
+    if 2 * cfg.seq_len > shape.get("max_seq_len", 2048):
+        raise UserError(f"--seq_len={cfg.seq_len}: Vicuna's rows are twice as long, which is more "
+                        f"than the positions of {cfg.preset}")
     steps = {name: cfg.steps or sizes[name] for name in ("base", "alpaca", "vicuna")}
     if cfg.full:
         steps["random-init"] = steps["vicuna"]
@@ -661,7 +664,11 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
 
     def begin_stage(name: str, what: str) -> SFTConfig:
         plan.begin(name, what)
-        return replace(cfg, steps=steps[name])
+        stage = replace(cfg, steps=steps[name])
+        if name in ("vicuna", "random-init"):
+            # Longer rows, as in the original (512, then 2048 tokens), but as many tokens in a step.
+            stage = replace(stage, seq_len=2 * cfg.seq_len, batch_size=max(1, cfg.batch_size // 2))
+        return stage
 
     models = {}
     exam.print_watched_question()

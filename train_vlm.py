@@ -331,16 +331,17 @@ class PictureRows(data.Rows):
         return (*self.at(rows), self.images(rows))
 
 
-def alt_text_example(caption: str, slots: int, tokenizer: data.Tokenizer,
-                     system: str = "") -> data.Example:
-    """Stage 1, as published: <s>, the picture, the caption in lower case without .!"()*#:;~, and a
-    newline; at most 50 words and 32 tokens; no question and no </s>. `system` is our addition."""
-    words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:50]
-    ids = tokenizer.encode(" ".join(words) + "\n")[:32]
-    before = [tokenizer.bos]
-    if system:
-        before += tokenizer.encode(system)
-    before += [data.IMAGE_SLOT] * slots
+def plain_alt_text(caption: str) -> str:
+    """In lower case, without .!"()*#:;~, at most 50 words."""
+    words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
+    return " ".join(words[:50])
+
+
+def alt_text_example(caption: str, slots: int, tokenizer: data.Tokenizer) -> data.Example:
+    """Stage 1, as published: <s>, the picture, the caption, and a newline; at most 32 tokens of
+    text; no question and no </s>."""
+    ids = tokenizer.encode(plain_alt_text(caption) + "\n")[:32]
+    before = [tokenizer.bos] + [data.IMAGE_SLOT] * slots
     return data.Example(before + ids, [data.IGNORE] * len(before) + ids)
 
 
@@ -566,24 +567,23 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
               f"{sft.batch_size}")
         return
     recipe = recipe_of(vlm.cfg)
-    system = ""
     if stage == "1" and recipe != "published":
-        # Two deviations for a language model of a million parameters. The projection starts at
-        # zero: it never recovered from random outputs. And the system prompt comes first: image
-        # vectors that were trained without it failed in a chat, which has one.
-        system = data.get_template(vlm.template).system
+        # A language model of a million parameters never recovered from random image vectors.
         for w in net.llama_proj.parameters():
             torch.nn.init.zeros_(w)
     examples = []
     for c in album:
-        # Photo captions are replies in both stages: the small model learned their words as such.
-        if stage == "1" and recipe != "photos":
-            example = alt_text_example(c.caption, net.n_queries, vlm.tokenizer, system)
+        # A small language model knows captions as replies only, so they are replies in both stages:
+        # alt-text to a picture alone, a photo's caption to an instruction.
+        if stage == "1" and recipe == "published":
+            examples.append(alt_text_example(c.caption, net.n_queries, vlm.tokenizer))
+            continue
+        if stage == "1" and recipe == "toy":
+            caption, instruction = plain_alt_text(c.caption), ""
         else:
-            instruction = rng.choice(data.IMAGE_INSTRUCTIONS)
-            example = description_example(c.caption, instruction, net.n_queries, vlm.template,
-                                          vlm.tokenizer, sft.seq_len)
-        examples.append(example)
+            caption, instruction = c.caption, rng.choice(data.IMAGE_INSTRUCTIONS)
+        examples.append(description_example(caption, instruction, net.n_queries, vlm.template,
+                                            vlm.tokenizer, sft.seq_len))
     sft = replace(sft, seq_len=max(len(e.tokens) for e in examples))
     images = frozen_images(net, [c.path for c in album], vlm.machine)
     rows = PictureRows(examples, sft.seq_len, vlm.tokenizer.eos, vlm.cfg.seed, images)

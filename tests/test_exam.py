@@ -186,13 +186,13 @@ def test_the_tables_tell_who_sees_who_is_told_and_who_invents():
         return [""] * len(texts), [True] * len(texts)
 
     players = {"sees": seeing(0), "sees another": seeing(1), "told": told, "silent": silent}
-    table, descriptions = exam.see_and_tell(players, 4, ["scenes", "minimal"])
+    table, descriptions = exam.see_and_tell(players, 8, ["scenes", "minimal"])
     assert all(row["sees"] == 1 and row["silent"] == 0 for row in table.values())
     assert table["held-out scenes, descriptions"]["sees another"] == 0
     assert table["held-out scenes, descriptions"]["told"] > 0
     players.pop("told")
     said = {name: descriptions["scenes", name] for name in players}
-    table = exam.failure_table(players, exam.picture_exam("scenes", 4), said)
+    table = exam.failure_table(players, exam.picture_exam("scenes", 8), said)
     columns = {row: list(cells.values()) for row, cells in table.items()}
     assert columns["is wrong"] == [0, 1, 0] and columns["empty"] == [0, 0, 1]
     assert columns["fails in one of these ways"] == [0, 1, 1]

@@ -139,13 +139,11 @@ def test_layouts(album):
 
 def test_stage_1_sequence(micro):
     """<s>, the picture, a caption in lower case without punctuation, a newline. All of the text is
-    supervised; a system prompt before the picture is not."""
-    text, encode = "A Red  circle, and (maybe) more!", micro.tokenizer.encode
-    want = encode("a red circle, and maybe more\n")
-    for system, told in (("", []), ("Be kind.", encode("Be kind."))):
-        e = train_vlm.alt_text_example(text, 3, micro.tokenizer, system)
-        assert e.tokens == [1, *told, -1, -1, -1, *want]
-        assert e.labels == [-100] * (4 + len(told)) + want
+    supervised."""
+    want = micro.tokenizer.encode("a red circle, and maybe more\n")
+    e = train_vlm.alt_text_example("A Red  circle, and (maybe) more!", 3, micro.tokenizer)
+    assert e.tokens == [1, -1, -1, -1, *want]
+    assert e.labels == [-100] * 4 + want
     long = train_vlm.alt_text_example("word " * 90, 3, micro.tokenizer)
     assert len(long.tokens) == 4 + 32
 
@@ -153,16 +151,22 @@ def test_stage_1_sequence(micro):
 @pytest.mark.parametrize("recipe", ["toy", "published"])
 def test_only_the_toy_leaves_the_published_sequence(tmp_path, encoder, album, micro, monkeypatch,
                                                     recipe):
-    """The toy's pictures stand behind the system prompt and its projection starts from zero; the
-    published recipe does neither."""
+    """The toy's alt-text is the reply to a picture without a question, and its projection starts
+    from zero; the published recipe does neither."""
     seen = []
     monkeypatch.setattr(train_sft, "run_stage", lambda *given, **options: seen.extend(given))
     vlm = open_run(settings(tmp_path, recipe=recipe))
     net, _ = train_vlm.build_minigpt4(vlm, encoder)
     train_vlm.train_projection(vlm, "1", net, {}, train_vlm.load_album(album), "align")
-    system = micro.tokenizer.encode(data.get_template("vicuna_v1.1").system)
-    first = system if recipe == "toy" else [-1]
-    assert seen[3].tokens[0, 1:1 + len(first)].tolist() == first
+    tokens = [token for token in seen[3].tokens[0].tolist() if token != micro.tokenizer.eos]
+    before = tokens[:tokens.index(-1)]
+    after = tokens[len(tokens) - tokens[::-1].index(-1):]
+    if recipe == "toy":
+        template = data.get_template("vicuna_v1.1")
+        assert micro.tokenizer.decode(before) == template.system + " USER: <Img>"
+        assert micro.tokenizer.decode(after).startswith("</Img> ASSISTANT: ")
+    else:
+        assert before == [1]
     assert bool(net.llama_proj.weight.any()) == (recipe == "published")
 
 

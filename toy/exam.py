@@ -1,6 +1,9 @@
 """The toy world's exam: held-out questions, controls, and the tables that train_sft.py and
 train_vlm.py print.
 
+    python -m toy.exam --ckpt=out/vicuna   # one model, every row of the table
+    python -m toy.exam --probe             # where seeing loses: see toy/probe.py
+
 A player answers questions: items -> (replies, whether each ended by itself). Controls are players,
 too: they show what scores are reached without the scene, by lookup in the training data, or without
 pre-training.
@@ -16,7 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+from tools.config import check_above, refuse_unused, run
 from toy import pictures, world
 
 Player = Callable[[list], tuple[list[str], list[bool]]]
@@ -530,3 +534,40 @@ def seeing_exam(vlm, net, aligned: dict, alt: Sequence, n: int) -> dict:
           f"{out / 'seen.png'}. Next:\n"
           f"  python sample.py --ckpt={out}/minigpt4 --image={out}/data/curate/image/0.png")
     return figures
+
+
+# -- python -m toy.exam ---------------------------------------------------------------------------
+
+@dataclass
+class ExamConfig:
+    ckpt: str = "out/vicuna"  # the language model to examine
+    probe: bool = False  # instead: where MiniGPT-4 in --out loses what it sees
+    out: str = "out"  # for --probe: folder of a run of train_sft.py and train_vlm.py
+    questions: int = 100  # in each row
+
+    def __post_init__(self):
+        check_above(self, 0, "questions")
+
+
+def main(cfg: ExamConfig) -> dict:
+    if cfg.probe:
+        from toy import probe
+        refuse_unused(cfg, ("ckpt",), "--probe looks at the models in --out")
+        return probe.probe(Path(cfg.out), cfg.questions)
+    refuse_unused(cfg, ("out",), "it is for --probe")
+    from tools import checkpoint
+    from tools.machine import choose_machine
+    machine = choose_machine("auto", "float32")
+    net, path, meta = checkpoint.load(cfg.ckpt, device=machine.device)
+    # a base model answers on the next line
+    template = "lines" if meta["template"] == "plain" else meta["template"]
+    play = model_player(net.eval(), data.Tokenizer(path), template)
+    table, ends = examine({cfg.ckpt: play}, ALL_ROWS, cfg.questions)
+    print_table("right answers, %", {ALL_ROWS[split]: cells for split, cells in table.items()})
+    ended = sum(ends[cfg.ckpt]) / len(ends[cfg.ckpt])
+    print(f"{cfg.questions} questions per row; {100 * ended:.1f}% of the replies end by themselves")
+    return dict(table=table, ends=ended)
+
+
+if __name__ == "__main__":
+    run(main, ExamConfig)

@@ -102,17 +102,15 @@ def write_toy_album(folder: Path, n: int, seed: str, text: Callable) -> list[wor
 
 # -- what the vision encoder learns to say about a picture ----------------------------------------
 
-NOTHING, END = "nothing", "end"
-SYMBOLS = [NOTHING, END, *world.SHAPES, *world.PLACES, *world.COLORS, *world.SIZES]
+SYMBOLS = [world.NOTHING, world.END, *world.SHAPES, *world.PLACES, *world.COLORS, *world.SIZES]
 
 
 def scene_symbols(scene: world.Scene) -> list[str]:
-    """Ten symbols: four and an end for each of one or two objects, then nothing. Objects and words
-    are in another order than in captions, so that the projection cannot pass a caption on."""
-    said = []
-    for o in sorted(scene, key=lambda o: -world.PLACES.index(o.place)):
-        said += [o.shape, o.place, o.color, o.size, END]
-    return said + [NOTHING] * (10 - len(said))
+    """What the encoder says about a picture of one or two objects: world.symbols in a fixed order
+    that is not that of captions, so that the projection cannot pass a caption on."""
+    objects = sorted(scene, key=lambda o: -world.PLACES.index(o.place))
+    shape, place, color, size = 2, 3, 1, 0
+    return world.symbols(objects, (shape, place, color, size))
 
 
 def symbol_batches(seed: int, size: int) -> Callable:

@@ -168,25 +168,45 @@ STATEMENTS = (  # about one object
 )
 
 
-def symbols(scene: Scene, rng: random.Random) -> str:
-    """The attributes as bare words, in one random order for all objects."""
-    order = rng.sample(range(4), 4)
-    return " ".join(" ".join(o[k] for k in order) + " ;" for o in scene)
+# What one query of the vision encoder may see: an attribute, the end of an object, or nothing. Each
+# is a word, and one piece of the tokenizer.
+END, NOTHING = ";", "nothing"
+N_SYMBOLS = 10  # for two objects: four attributes and an end each
+
+
+def symbols(objects: Sequence[Object], order: Sequence[int]) -> list[str]:
+    """The attributes of all objects in this order, ended by END and padded with NOTHING."""
+    words = []
+    for o in objects:
+        words += [o[k] for k in order] + [END]
+    return words + [NOTHING] * (N_SYMBOLS - len(words))
+
+
+def tell_symbols(scene: Scene, rng: random.Random) -> str:
+    """The symbols in words, in one random order for all objects. Piece for piece, this is what the
+    language model reads when image vectors take the places of the words."""
+    words = symbols(scene, order=rng.sample(range(4), 4))
+    return f"<Img> {' '.join(words)} </Img>"
 
 
 OPENINGS = ("There is ", "I see ", "The picture shows ", "We have ", "In the scene there is ")
 
 
 def tell(scene: Scene, rng: random.Random) -> str:
-    """The scene in words, in one of many phrasings; sometimes as bare words between <Img> and
-    </Img>, which prepares the language model for image vectors."""
+    """The scene in sentences, or sometimes in symbols, which prepares the language model for image
+    vectors."""
+    if rng.random() < 0.15:
+        return tell_symbols(scene, rng)
+    return tell_in_sentences(scene, rng)
+
+
+def tell_in_sentences(scene: Scene, rng: random.Random) -> str:
+    """In one of many phrasings."""
     style = rng.random()
-    if style < 0.65:
+    if style < 0.75:
         return rng.choice(OPENINGS) + caption(scene) + "."
-    if style < 0.8:
-        return f"<Img>{symbols(scene, rng)}</Img>"
     form = rng.choice(STATEMENTS)
-    forms = [form if style < 0.9 else rng.choice(STATEMENTS) for _ in scene]
+    forms = [form if style < 0.87 else rng.choice(STATEMENTS) for _ in scene]
     return " ".join(cap(form.format(o=o)) for form, o in zip(forms, scene))
 
 
@@ -465,26 +485,28 @@ def answer_all(kind: str, scene: Scene, o: Object, ref: str) -> Answer:
                   {"objects": set(rest)})
 
 
-def answer_exists(scene: Scene, o: Object, rng: random.Random, must_exist: bool) -> Answer | None:
+def answer_exists(scene: Scene, o: Object, rng: random.Random, must_exist: bool) -> Answer:
     """Is there a red ring? Yes if it must exist, otherwise yes or no, half the time each."""
-    color, shape, truth = o.color, o.shape, "yes"
-    if not must_exist and rng.random() < 0.5:
-        # Mostly a color and a shape that are both there, but not on one object.
-        color = rng.choice([x.color for x in scene] if rng.random() < 0.7 else COLORS)
-        shape = o.shape if rng.random() < 0.7 else rng.choice(SHAPES)
-        truth = "no"
-        present = {(x.color, x.shape) for x in scene}
-        if (color, shape) in (HELD_PAIRS | present):
-            return None
-    colors = list(dict.fromkeys(x.color for x in scene if x.shape == shape))
-    if not colors:
-        reason = f"The {shape} is not there"
-    elif len(colors) == 1:
-        reason = f"The {shape} is {colors[0]}"
+    if must_exist or rng.random() < 0.5:
+        color, shape, truth = o.color, o.shape, "yes"
+        reason = f"The {color} {shape} is {o.at}"
     else:
-        reason = f"One {shape} is " + " and one is ".join(colors)
+        color, shape = absent_pair(scene, rng)
+        truth = "no"
+        reason = f"The {color} {shape} is not there"
     return Answer(f"{reason}, so {truth}.", f"{cap(truth)}.", {"yesno": {truth}},
                   dict(color=an(color), shape=shape))
+
+
+def absent_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A color and a shape that no object has together. Each of them is mostly there, so that it is
+    not enough to look for one."""
+    present = {(o.color, o.shape) for o in scene}
+    while True:
+        color = rng.choice(scene).color if rng.random() < 0.7 else rng.choice(COLORS)
+        shape = rng.choice(scene).shape if rng.random() < 0.7 else rng.choice(SHAPES)
+        if (color, shape) not in HELD_PAIRS | present:
+            return color, shape
 
 
 def ask_scene(kind: str, scene: Scene, rng: random.Random, unseen: bool = False,
@@ -635,13 +657,13 @@ def scene_document(rng: random.Random) -> str:
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
     # Color and place are most frequent, since they are learned last.
-    kinds = ("color", "where", "size", "where", "color", "where", "shape", "at")
+    kinds = ("color", "where", "size", "where", "at", "color", "where", "shape", "at")
     turn = rng.randrange(len(kinds))
     while len(lines) < 13:
         kind, o = kinds[turn % len(kinds)], rng.choice(scene)
         turn += 1
         if kind == "at":
-            lines.append(f"{cap(o.at)} is a {o.thing}.")
+            lines.append(f"{cap(o.at)} is a {o.noun_first}.")
         elif q := ask_scene(kind, scene, rng, about=o):
             lines.append(q.full)
     if rng.random() < 0.5:
@@ -711,9 +733,18 @@ class Dialogue:
     name: str = ""  # the user's name
     word: tuple | None = None  # an object, and the word that the user has defined for it
     focus: Object | None = None  # the object that "it" means
+    pause: int = 0  # rounds about something else that are still to come
 
     def is_last(self) -> bool:
         return len(self.turns) == 2 * (self.rounds - 1)
+
+    def pick_kind(self) -> str:
+        if not self.pause:
+            return self.rng.choice(ROUND_KINDS)
+        if not self.told:
+            return self.rng.choice(SCENE_KINDS)
+        self.pause -= 1
+        return self.rng.choice(OTHER_KINDS)
 
     def add_round(self, asked: str, reply: str) -> None:
         self.turns += [["user", asked], ["assistant", reply]]
@@ -779,7 +810,7 @@ class Dialogue:
     def tell_scene(self) -> str:
         """The scene in words or bare symbols, with an introduction."""
         if self.rng.random() < 0.2:
-            self.told = f"<Img>{symbols(self.scene, self.rng)}</Img>"
+            self.told = tell_symbols(self.scene, self.rng)
         else:
             self.told = tell(self.scene, self.rng)
         return self.rng.choice(LOOK).format(self.told) + " "
@@ -797,12 +828,17 @@ class Dialogue:
                 self.focus = named[0]
 
 
-def converse(rng: random.Random, split: str = "train", rounds: int | None = None) -> Item:
-    """A conversation of some rounds with full answers, up to its last question."""
+MAX_PAUSE = 16  # then a conversation has about 510 tokens
+
+
+def converse(rng: random.Random, split: str = "train", rounds: int | None = None,
+             pause: int = 0) -> Item:
+    """A conversation of some rounds with full answers, up to its last question. With a pause, the
+    first round tells the scene, and the next `pause` rounds are about something else."""
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
-    d = Dialogue(rng, split, scene, rounds or rng.randint(2, 5))
+    d = Dialogue(rng, split, scene, (rounds or rng.randint(2, 5)) + pause, pause=pause)
     while True:
-        kind = rng.choice(ROUND_KINDS)
+        kind = d.pick_kind()
         q = d.ask(kind)
         if q is None:
             continue
@@ -816,18 +852,19 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
 
 
 def conversation(rng: random.Random) -> dict:
-    """A ShareGPT record: a few rounds with full answers.
-
-    In one of twenty, the user sends bare symbols and gets alt-text back, so that fine-tuning does
-    not forget them.
-    """
-    if rng.random() < 0.05:
+    """A ShareGPT record: a few rounds with full answers. One in five talks about something else for
+    long before it comes back to the scene. In another fifth, the user sends symbols without a
+    question and gets alt-text back, as in the first stage of MiniGPT-4's training."""
+    style = rng.random()
+    if style < 0.2:
         scene = pick_scene(rng)
-        asked = rng.choice(("{}", "<Img>{}</Img>")).format(symbols(scene, rng))
-        reply = "\n".join(alt_text(scene, rng, 0).lower() for _ in range(2))
-        turns = [["user", asked], ["assistant", reply]]
+        reply = alt_text(scene, rng, noise=0).lower()
+        turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
-        item = converse(rng)
+        if style < 0.4:
+            item = converse(rng, rounds=2, pause=rng.randint(1, MAX_PAUSE))
+        else:
+            item = converse(rng)
         turns = [*item.turns, ["assistant", item.question.full]]
     speaker = dict(user="human", assistant="gpt")
     return dict(conversations=[{"from": speaker[role], "value": text} for role, text in turns])
