@@ -23,8 +23,8 @@ MICRO = Path(__file__).parent / "micro"
 
 
 def test_what_is_no_reply_costs_only_itself(tmp_path):
-    """A line that was edited, or belongs to another program, ended the next run in a traceback; half
-    a character from a server lost the reply that was paid for."""
+    """A line that was edited, or belongs to another program, ended the next run in a traceback;
+    half a character from a server lost the reply that was paid for."""
     path = tmp_path / "replies.jsonl"
     cache = teacher.ReplyCache(path)
     cache.add("a", teacher.Reply("first", True))
