@@ -22,7 +22,7 @@ from ranks import Ranks
 from test_checkpoint import Malicious
 from test_model import close
 from test_vision import QFORMER, VIT, hf_weights
-from tools import checkpoint, convert
+from tools import checkpoint, convert, quantize
 from tools.config import UserError
 from tools.quantize import QuantLinear
 
@@ -230,7 +230,7 @@ BAD = {  # what is wrong: (what is done to the folder, words of the message)
     "heads of k": (lambda d: edit_config(d, num_key_value_heads=-2), "n_kv_heads is -2"),
     "context": (lambda d: edit_config(d, max_position_embeddings=10 ** 12), "max_seq_len"),
     "factor": (lambda d: edit_config(d, rope_scaling=dict(type="linear", factor=1e9)),
-               "max_seq_len"),
+               "RoPE scaling by"),
     "text for a number": (lambda d: edit_config(d, hidden_size="64"), "dim is 64"),
     "a list": (lambda d: write(d, config__json=[1]), "damaged"),
     "a pipe": (lambda d: replace_by_pipe(d / "pytorch_model.bin"), "not a regular file"),
@@ -308,6 +308,8 @@ def test_bad_files(what, tmp_path):
         checkpoint.load(tmp_path)
     message = str(error.value)
     assert words in message and str(tmp_path) in message and "\n" not in message
+    with pytest.raises(UserError):  # a file with matrices of other sizes than it says
+        quantize.write_gguf(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "was here").exists()
 
 

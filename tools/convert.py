@@ -211,7 +211,7 @@ def why_other_chat(folder: Path, tokenizer: data.Tokenizer) -> str | None:
             if end not in (None, -1, tokenizer.unk, tokenizer.bos, tokenizer.eos):
                 return f"token {end} as the end of a reply"
     if settings.get("chat_template") or (folder / "chat_template.jinja").exists():
-        return "a chat template (remove it from tokenizer_config.json to use one of ours)"
+        return "a chat template of its own (remove it, to use one of ours)"
     return None
 
 
@@ -236,7 +236,8 @@ def open_meta(folder: Path) -> Source:
     n_shards = len(first["norm.weight"]) // len(first["layers.0.attention.wq.weight"])
     shards = [first] + [open_shard(i) for i in range(1, n_shards)]
     config = model.LLaMAConfig(
-        **sizes, norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 10000.0),
+        **sizes, norm_eps=params.get("norm_eps", 1e-5),
+        rope_theta=params.get("rope_theta", 10000.0),
         vocab_size=len(first["output.weight"]) * n_shards,  # params.json may say -1
         hidden_dim=len(first["layers.0.feed_forward.w1.weight"]) * n_shards)
     for shard in shards:
@@ -260,24 +261,23 @@ def open_hugging_face(folder: Path) -> Source:
     # rope_parameters is transformers 5's name of rope_scaling
     rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = why_unsupported(c, rope_type)
+    scaling = float(rope.get("factor", 0)) if rope_type == "linear" else 1.0
+    unsupported = why_unsupported(c, rope_type, scaling)
     if unsupported:
         raise UserError(f"{folder / 'config.json'}: {unsupported} is not supported; LLaMA 1 and 2 "
                         "and their fine-tunes (Vicuna, TinyLlama) are")
-    scaling = float(rope["factor"]) if rope_type == "linear" else 1.0
-    length = c.get("max_position_embeddings", 2048)
-    if scaling != 1 and length <= 4096:  # LLaMA 2's; a longer one was multiplied already
-        length = int(length * scaling)
     weights = Tensors(*hugging_face_files(folder))
-    n_heads = c.get("num_attention_heads")
+    n_heads, length = c.get("num_attention_heads"), c.get("max_position_embeddings", 2048)
     sizes = dict(
         dim=c.get("hidden_size"), n_layers=c.get("num_hidden_layers"), n_heads=n_heads,
         n_kv_heads=c.get("num_key_value_heads") or n_heads, hidden_dim=c.get("intermediate_size"),
-        max_seq_len=length)
+        max_seq_len=rope.get("original_max_position_embeddings", length))
     check_sizes(folder / "config.json", sizes, weights)
+    if sizes["max_seq_len"] <= 4096:  # LLaMA 2's; a longer one was multiplied already
+        sizes["max_seq_len"] = int(sizes["max_seq_len"] * scaling)
     config = model.LLaMAConfig(
         **sizes, vocab_size=len(weights["embed_tokens.weight"]),  # Vicuna v0's says one less
-        norm_eps=c["rms_norm_eps"], tied=c.get("tie_word_embeddings", False),
+        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)), rope_scaling=scaling)
     shapes = llama_shapes(config)
     theirs = {name: hugging_face_name(name) for name in shapes}
@@ -301,12 +301,14 @@ def open_hugging_face(folder: Path) -> Source:
     return Source("Hugging Face's", config, read, folder / "tokenizer.model", meta)
 
 
-def why_unsupported(c: dict, rope_type: str) -> str | None:
+def why_unsupported(c: dict, rope_type: str, scaling: float) -> str | None:
     """What in a config.json would give wrong results here, or None."""
     if c.get("model_type") != "llama":
         return f"architecture {c.get('model_type')}"
     if rope_type not in ("default", "linear"):
         return f"RoPE scaling {rope_type}"
+    if not 1 <= scaling <= 256:
+        return f"RoPE scaling by {scaling}"
     if "quantization_config" in c:
         return "a quantized checkpoint (use the float16 version with --quantize=q4)"
     return None

@@ -98,8 +98,8 @@ class ReplyCache:
                 record = json.loads(line)
                 key = record.pop("key")
                 self.replies[key] = Reply(**record)
-            except (ValueError, TypeError, LookupError, AttributeError):
-                continue  # empty, truncated when the machine stopped, or no reply
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                continue  # empty, or truncated when the machine stopped
 
     def add(self, key: str, reply: Reply) -> None:
         text = reply.text.encode("utf-8", "replace").decode()  # no file can hold half a character
