@@ -259,9 +259,9 @@ def open_meta(folder: Path) -> Source:
 def open_hugging_face(folder: Path) -> Source:
     c = read_json(folder / "config.json")
     # rope_parameters is transformers 5's name of rope_scaling
-    rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    rope = {"factor": 0, **(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = float(rope.get("factor", 0)) if rope_type == "linear" else 1.0
+    scaling = float(rope["factor"]) if rope_type == "linear" else 1.0
     unsupported = why_unsupported(c, rope_type, scaling)
     if unsupported:
         raise UserError(f"{folder / 'config.json'}: {unsupported} is not supported; LLaMA 1 and 2 "
