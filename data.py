@@ -130,7 +130,8 @@ def find_tokenizer(path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (its latest step), or a tokenizer.model."""
     path = Path(path)
     if (path / "latest").exists():
-        path = path / (path / "latest").read_text(encoding="utf-8").strip()
+        from tools import checkpoint
+        path = checkpoint.find(path)
     return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 

@@ -29,6 +29,7 @@ import model
 import vision
 from tools import checkpoint, config
 from tools.config import UserError, refuse_unused
+from tools.machine import use_threads
 
 
 @dataclass
@@ -44,11 +45,12 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: penalize tokens already in the context
     seed: int = 0  # for sampling
     device: str = "auto"  # cuda, mps or cpu
+    threads: int = 0  # CPU threads; 0: OMP_NUM_THREADS, else one per core
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 above 1 B parameters
     quantize: Literal["", "q8", "q4"] = ""  # quantize to llama.cpp's 8- or 4-bit blocks
 
     def __post_init__(self):
-        config.check_at_least(self, 0, "temperature", "top_k")
+        config.check_at_least(self, 0, "temperature", "top_k", "threads")
         config.check_at_least(self, 1, "max_new_tokens")
         config.check_above(self, 0, "top_p", "repetition_penalty")
         if self.top_p > 1:
@@ -284,6 +286,8 @@ def open_chat(cfg: SampleConfig) -> Chat:
         folder = Path("out/minigpt4")
         if not cfg.image or not (folder / "latest").exists():
             folder = default_checkpoint()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+        use_threads(cfg.threads, cfg.device)
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
     net, path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
     trained_in = meta["template"]

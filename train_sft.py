@@ -36,7 +36,7 @@ import data
 import model
 from tools import checkpoint, config
 from tools.config import UserError, refuse_unused
-from tools.machine import Machine, choose_machine, train_flops
+from tools.machine import Machine, choose_machine, train_flops, use_threads
 from tools.run import (
     FULL_STATE,
     SETTINGS,
@@ -47,6 +47,7 @@ from tools.run import (
     explain_errors,
     find_resume,
     language_model,
+    lock,
 )
 
 
@@ -78,6 +79,7 @@ class SFTConfig:
     fused: bool = True  # false: attention written out in PyTorch
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cuda, mps or cpu
+    threads: int = 0  # CPU threads of a process; 0: OMP_NUM_THREADS, else one per core
     seed: int = 0  # of the data, the initialization, and the order of rows
     save_minutes: float = 5.0  # between checkpoints
     fast: bool = False  # toy chain: less data, fewer steps
@@ -90,7 +92,7 @@ class SFTConfig:
         config.check_above(self, 0, "seq_len", "batch_size", "epochs", "clip", "save_minutes",
                            "patience")
         config.check_at_least(self, 0, "steps", "learning_rate", "weight_decay", "micro_batch",
-                              "seed", "min_lr", "lora_rank")
+                              "seed", "min_lr", "lora_rank", "threads")
         config.check_at_least(self, 300, "vocab_size")  # 259 are bytes and control tokens
         if not 0 <= self.warmup < 1 or not 0 <= self.beta2 < 1:
             raise UserError("--warmup and --beta2 must be in [0, 1)")
@@ -336,8 +338,10 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
     the run depends on: if they change, it is not resumed.
     """
     folder = Path(cfg.out) / name
-    if parent and Path(parent).resolve() == folder.resolve():
-        raise UserError(f"{folder} is the model to start from; choose another --out")
+    if parent:
+        step = checkpoint.find(parent).resolve()
+        if folder.resolve() in (step, step.parent):
+            raise UserError(f"{folder} is the model to start from; choose another --out")
     cfg = resolve(cfg, parent, shape)
     if cfg.optimizer == "muon" and machine.sharded:
         raise UserError("--optimizer=muon needs whole matrices, but under torchrun every process "
@@ -366,7 +370,7 @@ def run_stage(cfg: SFTConfig, name: str, machine: Machine, rows: data.Rows,
         announce(name, cfg, net, settings["parent"], rows)
         machine.barrier()  # every process must be past find_resume
         if machine.rank == 0:
-            for old in folder.glob("step-*"):
+            for old in checkpoint.steps(folder):
                 shutil.rmtree(old)
     start, optimizer_state = (resume.step, resume.optimizer) if resume else (0, None)
     with explain_errors(cfg, machine, folder):
@@ -690,11 +694,13 @@ def main(cfg: SFTConfig) -> dict:
     if not cfg.data and cfg.dtype == "auto":
         print("the toy chain trains in float32: in bfloat16, retrieval takes more steps to learn")
         cfg = replace(cfg, dtype="float32")
+    use_threads(cfg.threads, cfg.device)
     machine = choose_machine(cfg.device, cfg.dtype, cfg.patience)
     if not machine.sharded:
         refuse_unused(cfg, ("patience",), "it is for torchrun")
     try:
-        return own_data(cfg, machine) if cfg.data else toy_chain(cfg, machine)
+        with lock(cfg.out, machine):
+            return own_data(cfg, machine) if cfg.data else toy_chain(cfg, machine)
     finally:
         if machine.sharded:
             dist.destroy_process_group()

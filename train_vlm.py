@@ -45,8 +45,8 @@ import train_sft
 import vision
 from tools import checkpoint, config, teacher
 from tools.config import UserError, refuse_unused
-from tools.machine import Machine, choose_machine
-from tools.run import Plan
+from tools.machine import Machine, choose_machine, use_threads
+from tools.run import Plan, lock
 
 
 @dataclass
@@ -66,6 +66,7 @@ class VLMConfig:
     recipe: Literal["auto", "toy", "photos", "published"] = "auto"  # hyperparameters, text format
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cuda, mps or cpu
+    threads: int = 0  # CPU threads of a process; 0: OMP_NUM_THREADS, else one per core
     seed: int = 0  # of the pictures, the initialization, and the shuffling
     save_minutes: float = 5.0  # between checkpoints
     resume: Literal["auto", "never"] = "auto"  # never: train every stage again
@@ -75,7 +76,7 @@ class VLMConfig:
     def __post_init__(self):
         self.out = self.out or ("out/fast" if self.fast else "out")
         config.check_at_least(self, 0, "steps", "batch_size", "learning_rate", "micro_batch",
-                              "seed")
+                              "seed", "threads")
         config.check_above(self, 0, "save_minutes")
 
 
@@ -244,9 +245,13 @@ def why_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 
-def captions_digest(album: Sequence[Captioned]) -> str:
-    text = "\n".join(c.caption for c in album)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def album_digest(album: Sequence[Captioned]) -> str:
+    """Identifies captions and pictures, wherever the files are."""
+    key = hashlib.sha256()
+    for c in album:
+        picture = hashlib.sha256(c.path.read_bytes()).hexdigest()
+        key.update(f"{picture} {c.caption}\n".encode())
+    return key.hexdigest()[:16]
 
 
 # -- stage 0: the encoder learns to name what it sees ---------------------------------------------
@@ -585,7 +590,7 @@ def train_encoder(vlm: VLMRun, album: Sequence[Captioned]) -> Path:
     if album:
         words, vocabulary = caption_words(album, qformer.n_queries)
         pick = photo_batches(album, words, cfg.seed)
-        source = captions_digest(album)
+        source = album_digest(album)
     else:
         from toy import pictures
         vocabulary = pictures.SYMBOLS
@@ -643,7 +648,7 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
     images = frozen_images(net, [c.path for c in album], vlm.machine)
     rows = PictureRows(examples, sft.seq_len, vlm.tokenizer.eos, vlm.cfg.seed, images)
     train_sft.run_stage(sft, name, vlm.machine, rows, vlm.tokenizer, vlm.template,
-                        captions_digest(album), network=net, extra_settings=parts, parent=parent,
+                        album_digest(album), network=net, extra_settings=parts, parent=parent,
                         window=vlm.window)
 
 
@@ -822,12 +827,14 @@ def main(cfg: VLMConfig) -> dict:
     check_options(cfg)
     if recipe_of(cfg) == "toy" and not cfg.images and cfg.dtype == "auto":
         cfg = replace(cfg, dtype="float32")  # like the toy language model
+    use_threads(cfg.threads, cfg.device)
     machine = choose_machine(cfg.device, cfg.dtype)
     try:
         if machine.sharded and not (cfg.images and cfg.vision and cfg.stage in ("1", "2")):
             raise UserError("torchrun is for --stage=1 or 2 with --images and --vision; everything "
                             "else runs in a single process")
-        return run_stages(open_run(cfg, machine))
+        with lock(cfg.out, machine):
+            return run_stages(open_run(cfg, machine))
     finally:
         if machine.sharded:
             torch.distributed.destroy_process_group()

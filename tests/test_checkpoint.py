@@ -2,11 +2,13 @@
 newest step, and never gives wrong weights."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import model
 from conftest import ROOT
 from tools import checkpoint
@@ -82,6 +84,42 @@ def test_two_are_kept_and_the_newest_is_one(folder, order, before):
     assert same_weights(checkpoint.load(folder)[0], newest)
     names = [step.name for step in checkpoint.history(folder)]
     assert names == [f"step-{order[-1]:06d}", f"step-{before:06d}"]
+
+
+def test_only_step_and_digits_is_ours(folder, tmp_path):
+    """A copy beside the steps, made while the run went on, ended the next save, and --resume=never
+    deleted it. The user's copies, links and files are neither read nor deleted."""
+    step = save(folder, tiny(), 1)
+    copies = ["step-000001 (copy)", "step-000001.bak", "step-", "step-best", "step--3", "step-1e3",
+              "step-٣", "old step-000001", ".step-best.partial"]
+    for name in copies:
+        shutil.copytree(step, folder / name)
+    (folder / "step-000098").symlink_to(step)
+    (folder / "step-000099").write_text("notes")
+    (folder / ".step-000099.partial").write_text("notes")
+    before = {path.name for path in folder.iterdir()} - {step.name}
+    for number in (2, 3, 4):
+        save(folder, tiny(), number)
+    assert [path.name for path in checkpoint.history(folder)] == ["step-000004", "step-000003"]
+    after = {path.name for path in folder.iterdir()} - {"step-000004", "step-000003"}
+    assert after == before
+    assert all((folder / name / "model.pt").exists() for name in copies)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\n", b"\0\0\0\0", b"\xff\xfe", b".", b"..", b"step-000003", b"step-000001 (copy)",
+    b"step-000001/model.pt"])
+def test_a_bad_latest_means_the_newest_step(folder, content):
+    """After a power failure the file may be empty; then the run itself was taken for published
+    weights."""
+    save(folder, tiny(), 1)
+    step = save(folder, tiny(), 2)
+    shutil.copytree(step, folder / "step-000001 (copy)")
+    tokenizer = ROOT / "tests" / "micro" / "tokenizer.model"
+    shutil.copy(tokenizer, step / "tokenizer.model")
+    (folder / "latest").write_bytes(content)
+    assert checkpoint.find(folder) == step
+    assert data.find_tokenizer(folder).path == step / "tokenizer.model"
 
 
 @pytest.mark.parametrize("module, name, call, step", [

@@ -337,6 +337,13 @@ def test_check_finds_wrong_weights(tmp_path):
     randomize(net)
     with pytest.raises(UserError, match="guessing"):
         check()
+    net.norm.weight.data.fill_(1e38)  # the weights are finite, the loss is not
+    with pytest.raises(UserError, match="guessing"):
+        check()
+    # No comparison with NaN is true, so no check failed; and only this row holds it.
+    net.tok_embeddings.weight.data[-1, -1] = float("nan")
+    with pytest.raises(UserError, match="tok_embeddings.weight holds NaN"):
+        check()
 
 
 # -- memory ---------------------------------------------------------------------------------------

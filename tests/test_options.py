@@ -258,6 +258,7 @@ def spy_on_training(record: Record) -> None:
     spy(train_sft, "train", lambda net, rows, cfg, *_: cfg.steps, train_briefly)
     spy(train_sft, "loss_backward", about_step)
     spy(torch.nn.Module, "compile", lambda net: type(net).__name__, lambda *_: None)
+    spy(torch, "set_num_threads", instead=lambda *_: None)
     spy(data, "train_tokenizer", lambda lines, *rest: (digest(list(lines)), rest), copy_tokenizer)
     spy(checkpoint, "save", about_save)
 
@@ -296,7 +297,7 @@ SCRIPTS["train_sft"] = Script(train_sft.SFTConfig, train_sft.main, {
     preset="small", vocab_size=500, seq_len=200, batch_size=2, micro_batch=1, steps=5,
     learning_rate=0.5, warmup=0.9, min_lr=0.7, weight_decay=0.6, beta2=0.5, clip=1e-3, lora_rank=2,
     checkpointing=True, compile=True, fused=False, dtype="bfloat16", device="cuda", seed=7,
-    save_minutes=1e-9, fast=True, full=True, patience=2.0,
+    save_minutes=1e-9, fast=True, full=True, patience=2.0, threads=2,
 ), spy_on_sft, prints=False)
 
 
@@ -354,7 +355,7 @@ SCRIPTS["train_vlm"] = Script(train_vlm.VLMConfig, train_vlm.main, {
     init="FILES/other_base", vision="FILES/other_vision", out="HERE/elsewhere",
     teacher="gpt@http://localhost/v1", review=True, steps=9, batch_size=1, learning_rate=0.5,
     micro_batch=1, checkpointing=True, dtype="bfloat16", device="cuda", seed=7, save_minutes=1e-9,
-    fast=True, full=True,
+    fast=True, full=True, threads=2,
 ), spy_on_vlm, prints=False)
 
 
@@ -366,6 +367,7 @@ def spy_on_sample(record: Record) -> None:
 
     record.spy(vision, "load", lambda *args, **options: (args, options))
     record.spy(model.LLaMA, "generate", about_picture)
+    record.spy(torch, "set_num_threads", instead=lambda *_: None)
     record.patch.setattr("sys.stdin", io.StringIO("What is this?\n/retry\n"))
     record.patch.setattr(sample.time, "perf_counter", lambda: 0.0)  # it prints tokens per second
 
@@ -381,6 +383,7 @@ SCRIPTS["sample"] = Script(sample.SampleConfig, sample.main, {
     ckpt="FILES/other_base", image="FILES/album/image/1.png",
     prompt="Who are you?", template="koala", max_new_tokens=6, temperature=1.0, top_k=3, top_p=0.6,
     repetition_penalty=1.9, seed=7, device="cuda", dtype="float32", quantize="q8",
+    threads=2,
 ), spy_on_sample)
 
 

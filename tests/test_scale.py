@@ -285,6 +285,50 @@ def test_damage_means_the_checkpoint_before(chats, stopped, straight, tmp_path, 
     assert_same(tmp_path, straight(0))
 
 
+def test_damaged_metrics_cost_only_themselves(chats, stopped, straight, tmp_path):
+    """A torn last line, NULs or garbage in metrics.jsonl, and the run could not be resumed, or the
+    lines after them stood for other steps."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "chats" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1:4] = [b"\0" * 40 + lines[1], b"\xff\xfe \x80\n", b"[" * 99999 + b"\n7\n{}\n"]
+    path.write_bytes(b"".join(lines) + b'{"step": null, "loss": 1.0}\n\n{"step": 7, "lo')
+    run(settings(chats, tmp_path))
+    (log, weights), (want, good) = result(tmp_path), straight(0)
+    assert log == [line for line in want if line[0] not in (2, 3)]
+    assert all(torch.equal(weights[name], good[name]) for name in good)
+
+
+def test_a_second_command_in_the_same_folder_is_refused(chats, straight, tmp_path):
+    """It replaced files that a running training was still using. The lock of a killed command does
+    not count."""
+    given = settings(chats, tmp_path)
+    first = Ranks(1, go, given, signal.SIGSTOP, 3)
+    end = time.time() + 60
+    while not (tmp_path / "chats" / "latest").exists() and time.time() < end:
+        time.sleep(0.01)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again, elsewhere = dict(given, resume="never"), dict(given, out=f"{tmp_path}/chats/..")
+    answers = Ranks(1, go, again).answers() + Ranks(2, go, elsewhere).answers()
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    first.processes[0].kill()
+    first.processes[0].join()
+    for answer in answers:
+        assert f"in use by process {first.processes[0].pid};" in str(answer)
+    assert after == before
+    run(given)
+    assert_same(tmp_path, straight(0))
+
+
+def test_timed_saves_survive_a_clock_that_jumps(chats, tmp_path, monkeypatch):
+    """A clock that is set back by a year must not put off the next save by a year."""
+    years, saved = iter(range(2100, 0, -1)), []
+    monkeypatch.setattr(time, "time", lambda: next(years) * 3e7)
+    monkeypatch.setattr(checkpoint, "save", lambda _, net, meta, *rest: saved.append(meta["step"]))
+    run(settings(chats, tmp_path, save_minutes=EVERY_STEP))
+    assert saved == list(range(1, 11))
+
+
 def test_no_undamaged_checkpoint(chats, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     for step in checkpoint.history(tmp_path / "chats"):

@@ -4,7 +4,10 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 import data
 import model
 import train_sft
+from conftest import ROOT
 from tools import checkpoint, config, machine
 from toy import exam, world
 
@@ -118,6 +122,85 @@ def test_a_second_run_neither_trains_again_nor_overwrites(files, base, tmp_path,
     assert written() == before
     sft(files, base, tmp_path, steps=3, resume="never")
     assert meta(tmp_path / "sharegpt")["step"] == 3
+
+
+def test_init_is_what_it_holds_not_how_its_path_is_written(files, base, tmp_path, capsys,
+                                                           monkeypatch):
+    """A relative path, a link or a copy of the same weights is no reason to refuse to resume; other
+    weights in the same place are."""
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    shutil.copytree(base, elsewhere)
+    link.symlink_to(elsewhere)
+    sft(files, base, tmp_path, steps=2)
+    monkeypatch.chdir(tmp_path)
+    for init in ("elsewhere", f"./elsewhere/../{elsewhere.name}", link, checkpoint.find(link)):
+        sft(files, init, tmp_path, steps=2)
+        assert "already trained" in capsys.readouterr().out
+    net, tokenizer, saved = checkpoint.load(elsewhere)
+    checkpoint.save(elsewhere, model.LLaMA(net.config), saved, tokenizer)
+    with pytest.raises(config.UserError, match="parent_crc was"):
+        sft(files, elsewhere, tmp_path, steps=2)
+    for init in (tmp_path / "sharegpt", checkpoint.find("sharegpt"), "link/../sharegpt"):
+        with pytest.raises(config.UserError, match="is the model to start from"):
+            sft(files, init, tmp_path, steps=2, resume="never")
+
+
+def test_training_again_deletes_only_what_is_ours(files, base, tmp_path):
+    """--resume=never deleted the user's copies of good steps."""
+    sft(files, base, tmp_path, steps=2)
+    run = tmp_path / "sharegpt"
+    shutil.copytree(run / "step-000002", run / "step-000002 (copy)")
+    (run / "step-000007").symlink_to(base)
+    (run / "step-notes.txt").write_text("the good one is 2")
+    sft(files, base, tmp_path, steps=3, resume="never")
+    kept = {path.name for path in run.glob("step-*")}
+    assert kept == {"step-000001", "step-000002 (copy)", "step-000003", "step-000007",
+                    "step-notes.txt"}
+    assert (run / "step-000002 (copy)" / "model.pt").exists() and (base / "latest").exists()
+
+
+def test_the_plot_of_the_losses_skips_damaged_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, content in (("base", b'{"step": 0, "loss": 2.5}\n\0\xff\n{"st'), ("killed", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(content)
+    exam.plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").exists()
+
+
+# -- a busy machine -------------------------------------------------------------------------------
+
+def test_a_busy_machine_gets_one_line_of_advice(monkeypatch, capsys):
+    """Threads that wait for each other made stage 0 of the toy 24 times slower. It is advice only,
+    since the digits depend on the number of threads: --threads chooses, and is not argued with."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for threads, free, advice in ((4, 2.7, "--threads=2 would be faster"), (4, 3.9, ""),
+                                  (2, 0.6, "--threads=1 would be faster"), (1, 0.5, "")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(machine, "free_cores", lambda free=free: free)
+        machine.use_threads(0, "cpu")
+        said = capsys.readouterr().out
+        assert advice in said and said.count("\n") == bool(advice)
+    assert chosen == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "free_cores", lambda: 0.5)
+    machine.use_threads(1, "cpu")
+    assert chosen == [1] and not capsys.readouterr().out
+    with pytest.raises(config.UserError, match="--threads=100000: this machine has"):
+        machine.use_threads(100_000, "cpu")
+
+
+def test_free_cores_are_measured():
+    """Two threads that may use one core get one core. (The load average would also count what ended
+    a minute ago.)"""
+    code = ("import os, torch; from tools import machine; torch.set_num_threads(2); "
+            "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); "
+            "print(machine.free_cores())")
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("Linux only")
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert 0 < float(printed.stdout) < 1.1
 
 
 # -- the loss and the optimizer -------------------------------------------------------------------

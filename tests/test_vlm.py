@@ -320,6 +320,23 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, encoder, album, monkeypatch)
     assert torch.equal(again.llama_proj.weight, whole.llama_proj.weight)
 
 
+def test_pictures_are_part_of_what_was_trained_on(tmp_path, encoder, album, monkeypatch, capsys):
+    """With other pictures under the same names, a stage was "already trained". Where the album is
+    does not matter."""
+    shorten(monkeypatch.setitem)
+    cfg = settings(tmp_path)
+    train_both_stages(cfg, album)
+    moved = album.rename(tmp_path / "moved")
+    train_both_stages(cfg, moved)
+    assert capsys.readouterr().out.count("already trained") == 2
+    one, other = sorted(moved.glob("image/*"))[:2]
+    two = other.read_bytes()
+    other.write_bytes(one.read_bytes())
+    one.write_bytes(two)
+    with pytest.raises(config.UserError, match="align was trained with other settings: data was"):
+        train_both_stages(cfg, moved)
+
+
 def test_only_the_projection_is_saved(tmp_path, encoder, album, micro):
     """The frozen parts are found through meta.json: by path, or beside a run that was moved. An
     encoder that was trained again would give garbage."""

@@ -10,6 +10,7 @@ Checksums are verified when a file is read. Loading never executes code from a p
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -38,7 +39,7 @@ def save(folder, model: nn.Module, meta: dict, tokenizer_path=None, optimizer: d
     folder = Path(folder)
     target = folder / f"step-{meta['step']:06d}"
     partial = folder / f".{target.name}.partial"
-    for leftover in folder.glob(".step-*.partial"):  # of saves that were killed
+    for leftover in steps(folder, r"\.step-[0-9]+\.partial"):  # of saves that were killed
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
@@ -107,9 +108,12 @@ def replace_folder(new: Path, target: Path) -> None:
 
 # -- finding --------------------------------------------------------------------------------------
 
-def steps(folder: Path) -> list[Path]:
-    """The step folders by number, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+def steps(folder: Path, name: str = "step-[0-9]+") -> list[Path]:
+    """The step folders by number, oldest first. Anything else in the folder is the user's, such as
+    copies, links and files, and is left alone."""
+    found = [path for path in folder.glob("*") if re.fullmatch(name, path.name)]
+    folders = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(folders, key=lambda path: int(re.sub("[^0-9]", "", path.name)))
 
 
 def find(folder) -> Path:
@@ -117,12 +121,13 @@ def find(folder) -> Path:
     folder = Path(folder)
     if any((folder / name).exists() for name in ("model.pt", *PUBLISHED)):
         return folder
-    if (folder / "latest").exists():
-        named = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-        if named.exists():
+    found = steps(folder)
+    if (folder / "latest").is_file():
+        named = folder / (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        if named in found:
             return named
-    if steps(folder):  # it crashed before `latest` was updated
-        return steps(folder)[-1]
+    if found:  # it crashed before `latest` was updated
+        return found[-1]
     siblings = sorted(path.parent.name for path in folder.parent.glob("*/latest"))
     hint = "`python train_sft.py` trains one in minutes"
     if siblings:

@@ -529,6 +529,9 @@ def check(cfg: CheckConfig) -> dict:
             q.data = order(q.data, net.config.n_heads)
             k.data = order(k.data, net.config.n_kv_heads)
 
+    for name, p in net.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{cfg.ckpt}: {name} holds NaN or infinity")
     as_read, permuted = loss(), []
     for order, inverse in ((interleave, deinterleave), (deinterleave, interleave)):
         permute(order)
@@ -539,7 +542,7 @@ def check(cfg: CheckConfig) -> dict:
           f"{min(permuted):.2f}")
     if min(permuted) < min(as_read - 0.2, 0.7 * guessing):
         raise UserError(f"{cfg.ckpt}: q and k were permuted once too often, or never")
-    if as_read > 0.7 * guessing:
+    if not as_read <= 0.7 * guessing:  # NaN is not
         raise UserError(f"{cfg.ckpt}: this is little better than guessing; the weights are wrong, "
                         "the tokenizer is another model's, or it never saw such text (--data)")
     return dict(loss=as_read, guessing=guessing, permuted=min(permuted))

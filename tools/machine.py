@@ -1,4 +1,4 @@
-"""The machine: device, precision, and the processes of torchrun."""
+"""The machine: threads, device, precision, and the processes of torchrun."""
 
 import contextlib
 import os
@@ -53,6 +53,35 @@ def choose_device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={device} cannot be used: {reason}") from None
     return device
+
+
+def use_threads(threads: int, device: str) -> None:
+    """Computes with this many CPU threads. 0 leaves the number to torch, and prints advice if other
+    programs use the cores: a thread that waits for its turn keeps all others waiting."""
+    if threads > os.cpu_count():
+        raise UserError(f"--threads={threads}: this machine has {os.cpu_count()} cores")
+    if threads:
+        torch.set_num_threads(threads)
+    elif device in ("auto", "cpu") and choose_device(device) == "cpu":
+        advise_threads()
+
+
+def advise_threads() -> None:
+    threads, is_one_of_many = torch.get_num_threads(), "TORCHELASTIC_RUN_ID" in os.environ
+    if threads == 1 or is_one_of_many:
+        return
+    cores = free_cores()
+    if cores < 0.9 * threads:
+        print(f"this machine is busy: --threads={max(1, int(cores))} would be faster")
+
+
+def free_cores(seconds: float = 0.2) -> float:
+    """The number of cores that this process gets when all of its threads compute."""
+    x = torch.rand(1 << 22)
+    began, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() < began + seconds:
+        x.cos_()
+    return (time.process_time() - used) / (time.perf_counter() - began)
 
 
 def choose_machine(device: str, dtype: str, patience: float = 30.0) -> Machine:

@@ -1,6 +1,7 @@
 """Bookkeeping for the training loop: signals, log, progress bar, checkpoints, and resuming."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -56,12 +57,12 @@ class Run:
             self.handlers[number] = signal.signal(number, self.on_signal)
         writes = self.machine.rank == 0
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = lines[:self.start]  # one per step; those after the checkpoint will be redone
-        self.losses = [json.loads(line)["loss"] for line in lines]
+        # steps after the checkpoint will be redone
+        lines = [line for line in read_metrics(path) if line["step"] < self.start]
+        self.losses = [line["loss"] for line in lines]
         if writes:
             with data.atomic_write(path) as file:
-                file.writelines(line + "\n" for line in lines)
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         self.metrics = open(path if writes else os.devnull, "a", encoding="utf-8")
         self.bar = tqdm(total=self.cfg.steps, initial=self.start, desc=self.name, mininterval=0.5,
                         dynamic_ncols=True, disable=not writes)
@@ -161,6 +162,46 @@ class Run:
         self.saved_at = self.step_began = time.perf_counter()  # saving is not part of a step
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, one for each step, without those that a crash has damaged."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON
+            match json.loads(line.strip("\0")):
+                case {"step": int(), "loss": float()} as numbers:
+                    lines.append(numbers)
+    return lines
+
+
+@contextlib.contextmanager
+def lock(folder, machine: Machine):
+    """Keeps a second command out of a folder, where it would replace what the first one reads. The
+    system frees the lock when its process (rank 0) ends, however it ends."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
+        refused = machine.rank == 0 and not try_lock(file)
+        if machine.total(refused)[0]:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by process {file.read()}; wait until it ends, or "
+                            "choose another --out")
+        if machine.rank == 0:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+def try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 # -- resuming -------------------------------------------------------------------------------------
 
 class Resume(NamedTuple):
@@ -175,7 +216,7 @@ class Resume(NamedTuple):
 def find_resume(folder: Path, settings: dict, machine: Machine, network) -> Resume | None:
     """The newest undamaged checkpoint of the run; None if the folder has no checkpoint. Raises
     UserError if it belongs to a run with other settings, or if all are damaged."""
-    if not any(folder.glob("step-*")):
+    if not checkpoint.steps(folder):
         return None
     for path in checkpoint.history(folder):  # newest first
         try:
@@ -195,6 +236,8 @@ class OtherSettings(UserError):
 
 def check_settings(folder: Path, before: dict, now: dict) -> None:
     for key, value in now.items():
+        if f"{key}_crc" in now:  # a path: what it holds is compared, not how it is written
+            continue
         if before.get(key) != value:
             raise OtherSettings(
                 f"{folder} was trained with other settings: {key} was {before.get(key)}, is now "

@@ -237,11 +237,13 @@ def plot_losses(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    from tools.run import read_metrics
     figure = Figure()
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
     for log in sorted(out.glob("*/metrics.jsonl")):
-        lines = log.read_text(encoding="utf-8").splitlines()
-        loss = [json.loads(line)["loss"] for line in lines]
+        loss = [line["loss"] for line in read_metrics(log)]
+        if not loss:  # it was killed before the first step was saved
+            continue
         width = max(1, len(loss) // 50)
         smooth = np.convolve(loss, np.ones(width) / width, "valid")
         axes.plot(np.arange(len(loss))[width - 1:], smooth, label=log.parent.name)
@@ -470,10 +472,12 @@ def random_encoder(vlm, net, alt: Sequence):
 
     import train_vlm
     import vision
+    from tools import checkpoint
     torch.manual_seed(vlm.cfg.seed + 1)
     vit, qformer = vision.ViT(net.vit.config), vision.QFormer(net.qformer.config)
     control = vision.MiniGPT4(vlm.llama, vit, qformer).to(vlm.machine.device)
-    out, parts = Path(vlm.cfg.out), dict(llama=str(vlm.folder), vision="random")
+    out = Path(vlm.cfg.out)
+    parts = dict(llama_crc=checkpoint.fingerprint(vlm.folder), vision="random")
     train_vlm.train_projection(vlm, "1", control, parts, alt, "random-align")
     curated = train_vlm.load_album(out / "curated")
     train_vlm.train_projection(vlm, "2", control, parts, curated, "random-minigpt4",
