@@ -191,7 +191,7 @@ def load_album(folder) -> list[Captioned]:
             skipped["without a caption"] += 1
         else:
             album.append(Captioned(path, caption))
-    damaged = why_unreadable(list(dict.fromkeys(c.path for c in album)))
+    damaged = find_damaged(list(dict.fromkeys(c.path for c in album)))
     if damaged:
         print(f"{file}: {len(damaged)} unreadable pictures; {next(iter(damaged.values()))}")
         skipped["with an unreadable picture"] = sum(c.path in damaged for c in album)
@@ -230,19 +230,21 @@ def coco_names(content: dict) -> dict[str, str]:
     return {str(image.get("id")): str(image.get("file_name")) for image in images}
 
 
-def why_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
+def find_damaged(paths: Sequence[Path]) -> dict[Path, str]:
     """The pictures that cannot be decoded, and why. A single one would end the training."""
-    def why(path: Path) -> str:
-        try:
-            vision.open_image(path)
-            return ""
-        except UserError as error:
-            return str(error)
-
-    with ThreadPool() as pool:  # Pillow decodes several at a time
-        reasons = list(tqdm(pool.imap(why, paths), "opening pictures", len(paths), leave=False,
-                            delay=1))
+    with ThreadPool() as pool:  # decodes several pictures at a time
+        opened = pool.imap(why_unreadable, paths)
+        reasons = list(tqdm(opened, "opening pictures", len(paths), leave=False, delay=1))
     return {path: reason for path, reason in zip(paths, reasons) if reason}
+
+
+def why_unreadable(path: Path) -> str:
+    """Why a picture cannot be decoded; "" if it can."""
+    try:
+        vision.open_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def album_digest(album: Sequence[Captioned]) -> str:

@@ -211,8 +211,7 @@ BAD = {  # what is wrong: (what is done to the folder, words of the message)
     "rope": (lambda d: edit_config(d, rope_scaling=dict(rope_type="yarn")), "yarn"),
     "tokenizer": (lambda d: edit_weights(d, **{EMBED: torch.ones(500, 64)}), "of another model"),
     "only tokenizer.json": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer.model"),
-    "a missing shard": (lambda d: (d / "pytorch_model.bin").rename(
-        d / "pytorch_model-00001-of-00002.bin"), "has 1 of 2 files"),
+    "a missing shard": (lambda d: lose_shard(d), "is missing; download all files"),
     # fine-tunes that would be read, and would chat, wrongly
     "added token": (lambda d: write(d, added_tokens__json={"<|im_end|>": 1024}), "<|im_end|>"),
     "token of a new tokenizer": (lambda d: write(d, tokenizer_config__json=dict(
@@ -252,6 +251,11 @@ def split_without_index(folder: Path) -> None:
         shard = {name: state[name] for name in names}
         torch.save(shard, folder / f"pytorch_model-0000{i}-of-00002.bin")
     (folder / "pytorch_model.bin").unlink()
+
+
+def lose_shard(folder: Path) -> None:
+    split_without_index(folder)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
 
 
 GOOD = {  # what may be in a folder: what is done to it

@@ -315,16 +315,12 @@ def why_unsupported(c: dict, rope_type: str, scaling: float) -> str | None:
 
 
 def hugging_face_files(folder: Path) -> list[Path]:
-    """One file, or all shards; safetensors are preferred to pickles. An index is not needed: every
-    tensor must be there, and it may be of another download."""
+    """One file, or all shards; safetensors are preferred to pickles. The index of shards is not
+    read: it may be missing or of another download, and Tensors notices a missing shard."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if (folder / f"{stem}{suffix}").exists():
             return [folder / f"{stem}{suffix}"]
         shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
-        total = int(shards[0].stem.split("-")[-1]) if shards else 0
-        if len(shards) < total:
-            raise UserError(f"{folder} has {len(shards)} of {total} files {stem}-*{suffix}; "
-                            "download the others")
         if shards:
             return shards
     raise UserError(f"{folder} has config.json, but neither model.safetensors nor "
