@@ -5,12 +5,10 @@
 
 import gzip
 import json
-import os
 
 import pytest
 
 import data
-from tools import checkpoint
 from tools.config import UserError
 
 
@@ -190,14 +188,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         out.write("half")
         out.write(1 / 0)
     assert file.read_bytes() == "한국".encode() and list(file.parent.iterdir()) == [file]
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_no_file_of_data(tmp_path):
-    """Reading it waited forever, and reading /dev/zero filled the memory."""
-    os.mkfifo(tmp_path / "chats.json")
-    for path in (tmp_path / "chats.json", "/dev/zero"):
-        with pytest.raises(UserError, match="is not a regular file"):
-            data.read_file(path)
-        with pytest.raises(UserError, match="is not a regular file"):
-            checkpoint.read(path)
