@@ -34,7 +34,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from tools.config import UserError, refuse_unused, run
+from tools.config import UserError, check_regular, refuse_unused, run
 
 # The same values as in model.py, repeated so that this file does not import the model.
 IGNORE = -100  # label of a token excluded from the loss (cross_entropy's ignore_index)
@@ -380,6 +380,7 @@ class Report(Counter):
 
 def read_text(path) -> str:
     """The text of a UTF-8 file, gzipped or not. Raises OSError or UserError."""
+    check_regular(path)
     raw = Path(path).read_bytes()
     if raw.startswith(b"\x1f\x8b"):
         try:

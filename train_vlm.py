@@ -26,9 +26,11 @@ import json
 import random
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -160,11 +162,11 @@ class Captioned(NamedTuple):
 
 def load_album(folder) -> list[Captioned]:
     """Loads pictures and captions in MiniGPT-4's layout (image/ID.jpg and filter_cap.json), or from
-    a folder of pictures with captions.json: [{"image": file name, "caption": ...}, ...].
+    a folder of pictures with captions.json: [{"image": file name, "caption": ...}, ...], or COCO's.
 
     Prints how many annotations are skipped. Raises UserError if none can be used.
     """
-    folder, skipped, album = Path(folder), Counter(), []
+    folder, skipped, album, names = Path(folder), Counter(), [], {}
     file = folder / "filter_cap.json"
     if not file.exists():
         file = folder / "captions.json"
@@ -172,20 +174,28 @@ def load_album(folder) -> list[Captioned]:
         raise UserError(f"--images={folder} has neither filter_cap.json nor captions.json")
     records = data.parse_records(data.read_text(file), file)
     if len(records) == 1 and isinstance(records[0], dict):  # {"annotations": [...]}
-        records = records[0].get("annotations", records)
+        names = coco_names(records[0])
+        records = records[0].get("annotations", records) or []
     if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file}: expected a list of objects with image and caption")
     paths = pictures_by_name(folder)
     for record in records:
-        name = str(record.get("image_id", record.get("image", "")))
-        path = paths.get(name, folder / name)  # a name may be an absolute path
-        caption = str(record.get("caption") or "")
+        name = record.get("image_id")
+        name = str(record.get("image", "") if name is None else name)
+        name = names.get(name, name)
+        path = paths.get(same_spelling(name), folder / name)  # a name may be an absolute path
+        caption = record.get("caption")
         if not path.is_file():
             skipped["without a picture"] += 1
-        elif not re.search(r"\w", caption):
+        elif not isinstance(caption, str) or not re.search(r"\w", caption):
             skipped["without a caption"] += 1
         else:
             album.append(Captioned(path, caption))
+    damaged = find_damaged(list(dict.fromkeys(c.path for c in album)))
+    if damaged:
+        print(f"{file}: {len(damaged)} unreadable pictures; {next(iter(damaged.values()))}")
+        skipped["with an unreadable picture"] = sum(c.path in damaged for c in album)
+        album = [c for c in album if c.path not in damaged]
     if skipped:
         reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
         print(f"{file}: skipped annotations: {reasons}")
@@ -196,12 +206,45 @@ def load_album(folder) -> list[Captioned]:
 
 
 def pictures_by_name(folder: Path) -> dict[str, Path]:
-    """The pictures in folder and folder/image, by file name with and without suffix."""
-    by_name = {}
-    for path in sorted([*folder.glob("*"), *folder.glob("image/*")]):
-        if path.suffix.lower() in Image.registered_extensions():
-            by_name[path.stem] = by_name[path.name] = path
+    """The pictures in folder and below, by relative path; those in folder and folder/image also by
+    file name with and without suffix."""
+    by_name, extensions = {}, Image.registered_extensions()
+    for path in sorted(folder.rglob("*")):
+        if extensions.get(path.suffix.lower()) not in vision.FORMATS:
+            continue
+        by_name[same_spelling(str(path.relative_to(folder)))] = path
+        if path.parent in (folder, folder / "image"):
+            by_name[same_spelling(path.stem)] = by_name[same_spelling(path.name)] = path
     return by_name
+
+
+def same_spelling(name: str) -> str:
+    """A file name as every system may spell it: with slashes instead of Windows' backslashes, and
+    composed characters, which macOS takes apart."""
+    return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
+
+
+def coco_names(content: dict) -> dict[str, str]:
+    """COCO's captions name pictures by numbers; its "images" have their file names."""
+    images = [image for image in content.get("images") or [] if isinstance(image, dict)]
+    return {str(image.get("id")): str(image.get("file_name")) for image in images}
+
+
+def find_damaged(paths: Sequence[Path]) -> dict[Path, str]:
+    """The pictures that cannot be decoded, and why. A single one would end the training."""
+    with ThreadPool() as pool:  # decodes several pictures at a time
+        opened = pool.imap(why_unreadable, paths)
+        reasons = list(tqdm(opened, "opening pictures", len(paths), leave=False, delay=1))
+    return {path: reason for path, reason in zip(paths, reasons) if reason}
+
+
+def why_unreadable(path: Path) -> str:
+    """Why a picture cannot be decoded; "" if it can."""
+    try:
+        vision.open_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def album_digest(album: Sequence[Captioned]) -> str:
@@ -450,7 +493,23 @@ def curate(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> None:
     with data.atomic_write(out / "report.json") as file:
         json.dump(report, file, indent=1)
     with data.atomic_write(out / "filter_cap.json") as file:
-        json.dump(dict(annotations=kept), file, indent=1, ensure_ascii=False)
+        json.dump(dict(annotations=kept, **curated_by(vlm.cfg)), file, indent=1,
+                  ensure_ascii=False)
+
+
+def curated_by(cfg: VLMConfig) -> dict:
+    """Who curates; as a digest, since the address of a server may hold a password."""
+    return dict(teacher=teacher.digest(cfg.teacher), review=cfg.review)
+
+
+def is_curated(cfg: VLMConfig) -> bool:
+    """False if it was not done yet, or if the command names another teacher or adds --review."""
+    file = Path(cfg.out) / "curated" / "filter_cap.json"
+    if cfg.resume == "never" or not file.exists():
+        return False
+    (before,) = data.parse_records(data.read_text(file), file)
+    same_teacher = before.get("teacher") == curated_by(cfg)["teacher"]
+    return (same_teacher or not cfg.teacher) and (before.get("review") or not cfg.review)
 
 
 def describe_pool(vlm: VLMRun, net: vision.MiniGPT4, work: VLMData) -> list[str]:
@@ -474,7 +533,10 @@ def review(path: Path, text: str, verdict: str,
     key = teacher.digest(str(path), text)
     if key not in reviewed.replies:
         print(f"\n{path}\n{text}")
-        typed = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
+        try:
+            typed = input("[Enter] keep  [d] drop  or type a replacement: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            raise config.Stopped("the verdicts so far are kept") from None
         reviewed.add(key, teacher.Reply(typed, ended=True))
     answer = reviewed.replies[key].text
     if answer.lower() == "d":
@@ -624,7 +686,7 @@ def run_stages(vlm: VLMRun) -> dict:
         return dict(folder=str(out / "align"))
     plan.begin("curate", "the aligned model describes pictures, which are curated")
     aligned, curated = copy_projection(net), out / "curated"
-    if cfg.stage != "curate" and cfg.resume == "auto" and (curated / "filter_cap.json").exists():
+    if cfg.stage != "curate" and is_curated(cfg):
         print(f"{curated} already exists; --stage=curate writes it again")
     else:
         curate(vlm, net.eval(), work)

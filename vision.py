@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import model
 from tools import checkpoint
-from tools.config import UserError
+from tools.config import UserError, check_regular
 from tools.machine import choose_device
 
 # CLIP's mean and standard deviation per channel (RGB)
@@ -69,11 +69,16 @@ PRESETS = {  # ViT, Q-Former
 
 # -- image files ----------------------------------------------------------------------------------
 
+# All that are opened: Pillow knows forty more, and for PostScript it starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
 def open_image(path) -> Image.Image:
     """Opens an image file as 8-bit RGB: EXIF rotation applied, transparency composited on white,
     first frame of an animation. Raises UserError if it is missing, damaged, or not an image."""
+    check_regular(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
     except UnidentifiedImageError:
         raise UserError(f"{path} {describe_unreadable(path)}") from None
@@ -90,7 +95,7 @@ def describe_unreadable(path) -> str:
         return "is a web page, not an image; download the image itself"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git-LFS pointer; fetch the image itself with `git lfs pull`"
-    return "is not an image that Pillow can read; save it as JPEG or PNG"
+    return f"is not an image in a usual format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

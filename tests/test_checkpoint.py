@@ -246,6 +246,16 @@ class Malicious:
         return Path.touch, (self.file,)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_file(tmp_path):
+    """Reading it waited forever, and reading /dev/zero filled the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        for read in (checkpoint.read, data.read_file):
+            with pytest.raises(UserError, match="is not a regular file"):
+                read(path)
+
+
 def test_no_code_from_a_pickle(folder, tmp_path):
     """A pickle may call any function while it is read. Weights from the internet must not."""
     step = save(folder, tiny(), 1)

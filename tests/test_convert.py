@@ -1,6 +1,7 @@
 """Tests of tools/convert.py on random weights in the layouts that the publishers use."""
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -21,7 +22,7 @@ from ranks import Ranks
 from test_checkpoint import Malicious
 from test_model import close
 from test_vision import QFORMER, VIT, hf_weights
-from tools import checkpoint, convert
+from tools import checkpoint, convert, quantize
 from tools.config import UserError
 from tools.quantize import QuantLinear
 
@@ -184,6 +185,18 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:file.stat().st_size * 6 // 10])
 
 
+def write(folder: Path, **files) -> None:
+    for name, content in files.items():
+        name = name.replace("__", ".")
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def replace_by_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}{% endfor %}"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n"
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"
@@ -197,7 +210,97 @@ BAD = {  # what is wrong: (what is done to the folder, words of the message)
     "architecture": (lambda d: edit_config(d, model_type="mistral"), "mistral"),
     "rope": (lambda d: edit_config(d, rope_scaling=dict(rope_type="yarn")), "yarn"),
     "tokenizer": (lambda d: edit_weights(d, **{EMBED: torch.ones(500, 64)}), "of another model"),
+    "only tokenizer.json": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer.model"),
+    "a missing shard": (lambda d: lose_shard(d), "is missing; download all files"),
+    # fine-tunes that would be read, and would chat, wrongly
+    "added token": (lambda d: write(d, added_tokens__json={"<|im_end|>": 1024}), "<|im_end|>"),
+    "token of a new tokenizer": (lambda d: write(d, tokenizer_config__json=dict(
+        added_tokens_decoder={"1024": dict(content="<|im_start|>")})), "<|im_start|>"),
+    "token in place of a piece": (lambda d: write(d, tokenizer__json=dict(
+        added_tokens=[dict(id=1, content="<s>"), dict(id=500, content="<sep>")])), "<sep>"),
+    "end": (lambda d: write(d, generation_config__json=dict(eos_token_id=[2, 13])), "token 13"),
+    "chat template": (lambda d: write(d, tokenizer_config__json=dict(chat_template=TEMPLATE)),
+                      "a chat template"),
+    # sizes that would build a network forever, or fill the memory with a table
+    "layers": (lambda d: edit_config(d, num_hidden_layers=10 ** 6), "1000000 layers"),
+    "width": (lambda d: edit_config(d, hidden_size=2 ** 19), "524288"),
+    "feed-forward": (lambda d: edit_config(d, intermediate_size=10 ** 15), "hidden_dim"),
+    "no heads": (lambda d: edit_config(d, num_attention_heads=0), "n_heads is 0"),
+    "heads of k": (lambda d: edit_config(d, num_key_value_heads=-2), "n_kv_heads is -2"),
+    "context": (lambda d: edit_config(d, max_position_embeddings=10 ** 12), "max_seq_len"),
+    "factor": (lambda d: edit_config(d, rope_scaling=dict(type="linear", factor=1e9)),
+               "RoPE scaling by"),
+    "text for a number": (lambda d: edit_config(d, hidden_size="64"), "dim is 64"),
+    "a list": (lambda d: write(d, config__json=[1]), "damaged"),
+    "a pipe": (lambda d: replace_by_pipe(d / "pytorch_model.bin"), "not a regular file"),
 }
+
+
+def save_in_old_format(file: Path) -> None:
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+
+
+def leave_index(folder: Path) -> None:
+    index = dict(metadata={}, weight_map={EMBED: "pytorch_model-00001-of-00007.bin"})
+    write(folder, pytorch_model__bin__index__json=index, model__safetensors__index__json=index)
+
+
+def split_without_index(folder: Path) -> None:
+    state = torch.load(folder / "pytorch_model.bin")
+    for i, names in enumerate((list(state)[:9], list(state)[9:]), 1):
+        shard = {name: state[name] for name in names}
+        torch.save(shard, folder / f"pytorch_model-0000{i}-of-00002.bin")
+    (folder / "pytorch_model.bin").unlink()
+
+
+def lose_shard(folder: Path) -> None:
+    split_without_index(folder)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+
+
+GOOD = {  # what may be in a folder: what is done to it
+    "a file from before torch 1.6": lambda d: save_in_old_format(d / "pytorch_model.bin"),
+    "an index of another download": leave_index,
+    "shards without an index": split_without_index,
+    "padding": lambda d: write(d, added_tokens__json={"[PAD]": 1024}),
+    "known tokens": lambda d: write(d, tokenizer_config__json=dict(
+        added_tokens_decoder={"2": dict(content="</s>")}, chat_template=None)),
+    "LLaMA 1's wrong end": lambda d: write(d, generation_config__json=dict(eos_token_id=1)),
+}
+
+
+@pytest.mark.parametrize("what", GOOD)
+def test_folders_that_people_have(what, tmp_path):
+    """All but the padding were refused, the file as damaged."""
+    hugging_face("llama1", tmp_path, pickled=True)
+    ids, before = random_ids(), checkpoint.load(tmp_path)[0]
+    want = before(ids).clone()
+    del before
+    GOOD[what](tmp_path)
+    assert torch.equal(checkpoint.load(tmp_path)[0](ids), want)
+
+
+@pytest.mark.parametrize("told, factor, context", [
+    (4096, 4.0, 16384), (2048, 8.0, 16384), (16384, 4.0, 16384), (8192, 2.0, 8192),
+    (8192, None, 8192)])
+def test_context_of_scaled_positions(told, factor, context, tmp_path):
+    """Vicuna's 16k says 4,096 and a factor of 4, Chinese-Alpaca-2's 16,384 and the same factor,
+    which became 65,536 positions."""
+    hugging_face("llama1", tmp_path, max_position_embeddings=told)
+    if factor:
+        edit_config(tmp_path, rope_scaling=dict(type="linear", factor=factor))
+    config = checkpoint.peek(tmp_path)[0]
+    assert config.max_seq_len == context and config.rope_scaling == (factor or 1)
+
+
+@pytest.mark.parametrize("change", [dict(n_layers=10 ** 6), dict(dim=2 ** 19), dict(n_heads=None),
+                                    dict(max_seq_len=10 ** 12), dict(n_kv_heads=0)])
+def test_absurd_sizes_of_metas(change, tmp_path):
+    meta_folder(tmp_path / "7B", random_llama(), 1)
+    file = tmp_path / "7B" / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match="params.json"):
+        checkpoint.load(tmp_path / "7B")
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -209,6 +312,8 @@ def test_bad_files(what, tmp_path):
         checkpoint.load(tmp_path)
     message = str(error.value)
     assert words in message and str(tmp_path) in message and "\n" not in message
+    with pytest.raises(UserError):  # a file with matrices of other sizes than it says
+        quantize.write_gguf(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "was here").exists()
 
 

@@ -17,6 +17,7 @@ import data
 from test_convert import MICRO, TOKENIZER, random_ids, random_llama
 from test_model import close
 from tools import bench, checkpoint, convert, quantize
+from tools.config import UserError
 from toy import world
 
 # -- blocks ---------------------------------------------------------------------------------------
@@ -130,6 +131,29 @@ def test_gguf_reads_back(bits, tied, tmp_path):
     assert types[:4] == [2, 3, 3, 6] and types[-2:] == [5, 5]
 
 
+@pytest.mark.parametrize("bits, weight", [
+    ("", 1e5), ("", float("nan")), ("q8", -1e7), ("q4", 6e5), ("q4", float("inf"))])
+def test_no_weight_becomes_infinite(bits, weight, tmp_path):
+    """float16 ends at 65,504, bfloat16 does not: the file held inf, and llama.cpp said nothing but
+    noise. The largest that fits is kept."""
+    net = random_llama()
+    w2 = net.layers[1].feed_forward.w2.weight.data
+
+    def save() -> Path:
+        return checkpoint.save(tmp_path, net, dict(step=1, template="plain"), TOKENIZER.path)
+
+    w2[0, 0] = quantize.BLOCKS[{"": "F16", "q8": "Q8_0", "q4": "Q4_0"}[bits]].largest
+    quantize.write_gguf(save(), tmp_path / "m.gguf", bits)
+    w2[0, 0] = weight
+    folder, name = save(), "layers.1.feed_forward.w2.weight has a weight of"
+    with pytest.raises(UserError, match=name):
+        quantize.write_gguf(folder, tmp_path / "n.gguf", bits)
+    assert not list(tmp_path.glob("n.gguf*"))
+    if bits:
+        with pytest.raises(UserError, match=name):
+            checkpoint.load(folder, quantize=bits)
+
+
 CHAT = [data.Turn("user", "Hi"), data.Turn("assistant", "Hello there."),
         data.Turn("user", "Who's \"x\"?\n{{ 7 }} </b>")]
 
@@ -150,6 +174,24 @@ def test_chat_template_spells_what_render_does(name, system):
     ids = data.render(data.Conversation(CHAT, system=system), name, TOKENIZER).tokens
     text = "<s>" + render_jinja(name, system)
     assert text.replace(" ", "") == data.spell(TOKENIZER, ids).replace(" ", "")
+
+
+@pytest.mark.parametrize("roles", [
+    ["assistant", "user"], ["user", "assistant", "system", "user"], ["user", "system"],
+    ["user", "user"], ["user", "assistant", "assistant"], ["system", "system", "user"], ["tool"]])
+def test_chat_template_raises_where_render_would_repair(roles):
+    """A greeting first, a later system text and two messages of one speaker became text that the
+    model was never trained on. Published templates raise, too."""
+    jinja2 = pytest.importorskip("jinja2")
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    messages = [dict(role=role, content="Hi") for role in roles]
+    for name in ("vicuna_v1.1", "alpaca"):
+        template = jinja2.Template(quantize.jinja(name))
+        with pytest.raises(jinja2.TemplateError, match="take turns"):
+            template.render(messages=messages, raise_exception=raise_exception)
 
 
 # -- llama.cpp itself -----------------------------------------------------------------------------

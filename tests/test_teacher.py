@@ -22,6 +22,20 @@ KEY = "sk-very-secret-0123456789"
 MICRO = Path(__file__).parent / "micro"
 
 
+def test_what_is_no_reply_costs_only_itself(tmp_path):
+    """A line that was edited, or belongs to another program, ended the next run in a traceback;
+    half a character from a server lost the reply that was paid for."""
+    path = tmp_path / "replies.jsonl"
+    cache = teacher.ReplyCache(path)
+    cache.add("a", teacher.Reply("first", True))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('\n5\nnull\n[]\n{"text": "no key"}\n{"key": "b", "said": 1}\n\0\n{"key":')
+    cache.add("c", teacher.Reply("half \ud83d", True))
+    again = teacher.ReplyCache(path)
+    assert again.replies == cache.replies
+    assert [reply.text for reply in again.replies.values()] == ["first", "half ?"]
+
+
 class FakeServer(ThreadingHTTPServer):
     """Speaks OpenAI's chat format, on this machine.
 

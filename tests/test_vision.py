@@ -6,6 +6,7 @@ have.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -305,6 +306,33 @@ def test_no_picture_is_refused_by_name(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{message}"):
         vision.load_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "ICO"])
+def test_only_usual_formats_are_opened(tmp_path, kind):
+    """Pillow starts Ghostscript for PostScript, whatever the file is called; a rare DDS file raised
+    NotImplementedError."""
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(picture()).save(path, kind)
+    with pytest.raises(UserError, match="picture.jpg is not an image in a usual format"):
+        vision.load_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_picture(tmp_path):
+    """Opening it waited forever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UserError, match="pipe.jpg is not a regular file"):
+        vision.load_image(tmp_path / "pipe.jpg")
+
+
+def test_any_exception_of_pillow_is_one_line(tmp_path, monkeypatch):
+    """Its plugins raise struct.error, NotImplementedError and others."""
+    path = save(tmp_path, Image.fromarray(picture()))
+    for error in (NotImplementedError("odd"), IndexError("odd"), OverflowError("odd")):
+        monkeypatch.setattr(vision, "to_rgb", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match="cannot read image .*picture.png: odd"):
+            vision.open_image(path)
 
 
 def test_a_damaged_picture_is_refused_by_name(tmp_path):

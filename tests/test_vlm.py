@@ -135,6 +135,46 @@ def test_layouts(album):
     assert found == (album / "image" / "0.png", "zero")
 
 
+def test_one_unreadable_picture_does_not_end_the_training(album, capsys):
+    """It did, hours later, with all other pictures intact. Now it is left out when the album is
+    loaded, with all of its captions."""
+    cut, page = album / "image" / "2.png", album / "image" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    page.write_text("<html>404</html>", encoding="utf-8")
+    found = annotate(album, [dict(image_id=i, caption="one") for i in (1, 2, 2, 3, 4)])
+    assert [c.path.name for c in found] == ["1.png", "4.png"]
+    said = capsys.readouterr().out
+    assert "2 unreadable pictures; cannot read image" in said and "2.png" in said
+    assert "skipped annotations: 3 with an unreadable picture" in said
+
+
+def test_cocos_captions(album):
+    """Its annotations number the pictures, and its images name them. All were skipped."""
+    (album / "train").mkdir()
+    for i in (7, 8):
+        shutil.copy(album / "image" / "0.png", album / "train" / f"00000000000{i}.png")
+    images = [dict(id=i, file_name=f"00000000000{i}.png") for i in (7, 8)]
+    told = [dict(image_id=i, id=100 + i, caption=f"number {i}") for i in (8, 7, 8)]
+    images[1]["file_name"] = "train/" + images[1]["file_name"]
+    shutil.move(album / "train" / "000000000007.png", album)
+    found = annotate(album, dict(info={}, images=images, annotations=told), "filter_cap.json")
+    assert [(c.path.name, c.caption) for c in found] == [
+        ("000000000008.png", "number 8"), ("000000000007.png", "number 7"),
+        ("000000000008.png", "number 8")]
+
+
+@pytest.mark.parametrize("stored, told", [
+    ("pics/1.png", "pics\\1.png"), ("pics/1.png", ".\\pics/1.png"),
+    ("pics/cafe\u0301.png", "pics/caf\u00e9.png"), ("caf\u00e9.png", "cafe\u0301"),
+    ("a\\b.png", "a\\b.png")])
+def test_file_names_of_other_systems(album, stored, told):
+    """Windows' backslashes; macOS takes \u00e9 apart. The picture was there and was not found."""
+    (album / "pics").mkdir()
+    shutil.copy(album / "image" / "0.png", album / stored)
+    (found,) = annotate(album, [dict(image_id=None, image=told, caption="a")])
+    assert found.path == album / stored
+
+
 # -- what is learned of a picture and its caption -------------------------------------------------
 
 def test_stage_1_sequence(micro):
@@ -457,6 +497,49 @@ def test_curation(tmp_path, album, micro, monkeypatch):
     kept = [(c.path.name, c.caption) for c in train_vlm.load_album(tmp_path / "curated")]
     assert kept == [("0.png", "a red ring"), ("2.png", "my own text"),
                     ("3.png", "a ring.  It is fine.")]
+
+
+def curate(vlm, album, repair=list):
+    work = train_vlm.VLMData([], train_vlm.load_album(album), repair, lambda *_: True, 0, print)
+    train_vlm.curate(vlm, small_minigpt4(), work)
+
+
+def test_a_review_goes_on_where_it_was_left(tmp_path, album, micro, monkeypatch):
+    """Ctrl-D ended in a traceback. Every verdict is kept when it is typed."""
+    asked = []
+
+    def type_three(_):
+        asked.append(1)
+        if len(asked) == 4:
+            raise EOFError
+        return "a \udce9 ring"  # from a terminal that is not UTF-8
+
+    monkeypatch.setattr("builtins.input", type_three)
+    monkeypatch.setattr(train_vlm, "ask", lambda net, vlm, questions, *_: (
+        [f"picture number {i}" for i in range(len(questions))], None))
+    vlm = replace(micro, cfg=settings(tmp_path, review=True))
+    with pytest.raises(config.Stopped, match="verdicts so far are kept"):
+        curate(vlm, album)
+    assert not (tmp_path / "curated" / "filter_cap.json").exists()
+    curate(vlm, album)
+    assert len(asked) == 4 + 4  # of seven pictures, three were not asked about again
+    assert train_vlm.load_album(tmp_path / "curated")[0].caption == "a ? ring"
+
+
+def test_a_teacher_given_later_is_asked(tmp_path, album, micro, monkeypatch):
+    """The descriptions were taken as they had been written without it."""
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    done = train_vlm.is_curated
+    cfg = settings(tmp_path, images=str(album))
+    taught = replace(cfg, teacher="gpt@http://me:secret@localhost:1")
+    assert not done(cfg)
+    curate(replace(micro, cfg=cfg), album)
+    assert done(cfg) and not done(taught) and not done(replace(cfg, review=True))
+    curate(replace(micro, cfg=taught), album)
+    assert done(cfg) and done(taught) and not done(replace(cfg, teacher="another"))
+    assert "secret" not in (tmp_path / "curated" / "filter_cap.json").read_text(encoding="utf-8")
+    curate(replace(micro, cfg=replace(taught, review=True)), album)
+    assert done(replace(taught, review=True)) and done(taught)
 
 
 # -- a chat about pictures ------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from model import LLaMA, LLaMAConfig
-from tools.config import UserError
+from tools.config import UserError, check_regular
 
 # What marks a folder of published weights: Meta's, Hugging Face's, an adapter, MiniGPT-4's files.
 PUBLISHED = ("params.json", "config.json", "adapter_config.json", "eva_vit_g.pth")
@@ -148,6 +148,7 @@ def read(path: Path, mmap: bool = False) -> dict:
 
     With mmap, processes on one machine share its pages. Raises UserError for a damaged file.
     """
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # testzip() skips folders, and one damaged bit makes a part look like a folder.

@@ -58,6 +58,13 @@ def refuse_unused(cfg, names: Iterable[str], why: str) -> None:
             raise UserError(f"--{field.name}={value} has no effect: {why}")
 
 
+def check_regular(path) -> None:
+    """Raises UserError for a pipe or a device, which may never end, and for a folder. A missing
+    file is left to open()."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a regular file")
+
+
 # -- from the command line to a dataclass -------------------------------------------------------
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ loading allocates the finished model and no more. It never executes code from a 
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,14 +24,15 @@ import data
 import model
 import vision
 from tools import checkpoint
-from tools.config import UserError, run
-from tools.quantize import QuantLinear, block_type, choose_kernel, quantize_rows
+from tools.config import UserError, check_regular, run
+from tools.quantize import QuantLinear, block_type, check_range, choose_kernel, quantize_rows
 
 # -- files: tensors by name -----------------------------------------------------------------------
 
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or PyTorch file, memory-mapped. Raises UserError for a file
     that is damaged or is something else."""
+    check_regular(path)
     with open(path, "rb") as file:
         head = file.read(100).lstrip()
     if head.startswith(b"version https://git-lfs"):
@@ -41,7 +43,8 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             import safetensors.torch
             return safetensors.torch.load_file(path)
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # not before torch 1.6
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except ImportError:
         raise UserError(f"{path} needs a library: pip install safetensors") from None
     except Exception as error:  # a damaged file raises almost anything
@@ -84,10 +87,15 @@ class Tensors(dict):
 
 
 def read_json(path: Path) -> dict:
+    check_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
+
+
+def read_optional(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
 
 
 # -- LLaMA: three layouts of a folder -------------------------------------------------------------
@@ -158,13 +166,53 @@ def open_folder(folder) -> Source:
     else:
         raise UserError(f"{folder} is no language model; a LoRA adapter must be merged into its "
                         "base model first")
-    pieces = data.Tokenizer(source.tokenizer).vocab_size
-    rows = source.config.vocab_size
+    if not source.tokenizer.exists():
+        raise UserError(f"{folder} has no tokenizer.model (a tokenizer.json is not read); download "
+                        "the one of its base model")
+    tokenizer = data.Tokenizer(source.tokenizer)
+    unsupported = why_other_chat(folder, tokenizer)
+    if unsupported:
+        raise UserError(f"{folder}: {unsupported} is not supported")
+    pieces, rows = tokenizer.vocab_size, source.config.vocab_size
     # Vicuna v0 has one row more than its tokenizer has pieces, other models have a few more.
     if rows < pieces or (source.layout != "ours" and rows >= pieces + 1024):
         raise UserError(f"{source.tokenizer} has {pieces} pieces, but the model has {rows} rows: "
                         "it is the tokenizer of another model")
     return source
+
+
+def check_sizes(file: Path, sizes: dict, weights: Tensors) -> None:
+    """Raises UserError for sizes that are not these weights', before anything is built with them.
+    `sizes` are arguments of LLaMAConfig."""
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and 0 < size <= 1 << 20):
+            raise UserError(f"{file}: {name} is {size}, and not between 1 and {1 << 20}")
+    dim, n_layers = sizes["dim"], sizes["n_layers"]
+    last = [name for name in weights if name.startswith(f"layers.{n_layers - 1}.")]
+    if len(weights["norm.weight"]) != dim or not last:
+        raise UserError(f"{file}: the weights are not those of {n_layers} layers of {dim}")
+
+
+def why_other_chat(folder: Path, tokenizer: data.Tokenizer) -> str | None:
+    """What a folder says about chats that tokenizer.model and our templates cannot do, or None."""
+    settings = read_optional(folder / "tokenizer_config.json")
+    added = {i: text for text, i in read_optional(folder / "added_tokens.json").items()}
+    added |= {int(i): t["content"] for i, t in settings.get("added_tokens_decoder", {}).items()}
+    listed = read_optional(folder / "tokenizer.json").get("added_tokens", [])
+    added |= {token["id"]: token["content"] for token in listed}
+    for i, text in added.items():
+        known = i < tokenizer.vocab_size and tokenizer.sp.id_to_piece(i) == text
+        if text and not known and "pad" not in text.lower():  # padding is never read
+            return f"the added token {text}"
+    for name in ("config.json", "generation_config.json"):
+        ends = read_optional(folder / name).get("eos_token_id")
+        for end in ends if isinstance(ends, list) else [ends]:
+            # The first conversions of LLaMA say 1, or 0, and mean 2.
+            if end not in (None, -1, tokenizer.unk, tokenizer.bos, tokenizer.eos):
+                return f"token {end} as the end of a reply"
+    if settings.get("chat_template") or (folder / "chat_template.jinja").exists():
+        return "a chat template of its own (remove it, to use one of ours)"
+    return None
 
 
 def open_ours(folder: Path) -> Source:
@@ -176,22 +224,24 @@ def open_ours(folder: Path) -> Source:
 
 def open_meta(folder: Path) -> Source:
     """Each shard has a slice of every matrix, cut for tensor parallelism, and all norms."""
-    params = read_json(folder / "params.json")
+    params = {"max_seq_len": 2048, **read_json(folder / "params.json")}
+    sizes = {key: params.get(key) for key in ("dim", "n_layers", "n_heads", "max_seq_len")}
+    sizes["n_kv_heads"] = params.get("n_kv_heads", sizes["n_heads"])
 
     def open_shard(i: int) -> Tensors:
         return Tensors(folder / f"consolidated.{i:02d}.pth")
 
     first = open_shard(0)
+    check_sizes(folder / "params.json", sizes, first)
     n_shards = len(first["norm.weight"]) // len(first["layers.0.attention.wq.weight"])
     shards = [first] + [open_shard(i) for i in range(1, n_shards)]
     config = model.LLaMAConfig(
-        dim=params["dim"], n_layers=params["n_layers"], n_heads=params["n_heads"],
-        n_kv_heads=params.get("n_kv_heads"), norm_eps=params["norm_eps"],
+        **sizes, norm_eps=params.get("norm_eps", 1e-5),
+        rope_theta=params.get("rope_theta", 10000.0),
         vocab_size=len(first["output.weight"]) * n_shards,  # params.json may say -1
-        hidden_dim=len(first["layers.0.feed_forward.w1.weight"]) * n_shards,
-        rope_theta=params.get("rope_theta", 10000.0), max_seq_len=params.get("max_seq_len", 2048))
+        hidden_dim=len(first["layers.0.feed_forward.w1.weight"]) * n_shards)
     for shard in shards:
-        shard.check_names(llama_names(config), LEFTOVERS)
+        shard.check_names(llama_shapes(config), LEFTOVERS)
 
     def read(name: str) -> torch.Tensor:
         if "norm" in name:
@@ -209,22 +259,28 @@ def open_meta(folder: Path) -> Source:
 def open_hugging_face(folder: Path) -> Source:
     c = read_json(folder / "config.json")
     # rope_parameters is transformers 5's name of rope_scaling
-    rope = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    rope = {"factor": 0, **(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = why_unsupported(c, rope_type)
+    scaling = float(rope["factor"]) if rope_type == "linear" else 1.0
+    unsupported = why_unsupported(c, rope_type, scaling)
     if unsupported:
         raise UserError(f"{folder / 'config.json'}: {unsupported} is not supported; LLaMA 1 and 2 "
                         "and their fine-tunes (Vicuna, TinyLlama) are")
-    scaling = float(rope["factor"]) if rope_type == "linear" else 1.0
     weights = Tensors(*hugging_face_files(folder))
+    n_heads, length = c.get("num_attention_heads"), c.get("max_position_embeddings", 2048)
+    sizes = dict(
+        dim=c.get("hidden_size"), n_layers=c.get("num_hidden_layers"), n_heads=n_heads,
+        n_kv_heads=c.get("num_key_value_heads") or n_heads, hidden_dim=c.get("intermediate_size"),
+        max_seq_len=rope.get("original_max_position_embeddings", length))
+    check_sizes(folder / "config.json", sizes, weights)
+    if sizes["max_seq_len"] <= 4096:  # LLaMA 2's; a longer one was multiplied already
+        sizes["max_seq_len"] = int(sizes["max_seq_len"] * scaling)
     config = model.LLaMAConfig(
-        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
-        n_kv_heads=c.get("num_key_value_heads"), hidden_dim=c["intermediate_size"],
-        vocab_size=len(weights["embed_tokens.weight"]),  # Vicuna v0's config.json says one less
-        norm_eps=c["rms_norm_eps"], tied=c.get("tie_word_embeddings", False),
-        rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)), rope_scaling=scaling,
-        max_seq_len=int(c.get("max_position_embeddings", 2048) * scaling))
-    theirs = {name: hugging_face_name(name) for name in llama_names(config)}
+        **sizes, vocab_size=len(weights["embed_tokens.weight"]),  # Vicuna v0's says one less
+        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
+        rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)), rope_scaling=scaling)
+    shapes = llama_shapes(config)
+    theirs = {name: hugging_face_name(name) for name in shapes}
     ignored = LEFTOVERS
     if config.tied:
         theirs["output.weight"] = theirs["tok_embeddings.weight"]
@@ -233,6 +289,7 @@ def open_hugging_face(folder: Path) -> Source:
 
     def read(name: str) -> torch.Tensor:
         weight = weights[theirs[name]]
+        check_shape(folder, name, weight, shapes[name])
         if name.endswith("wq.weight"):
             return interleave(weight, config.n_heads)
         if name.endswith("wk.weight"):
@@ -244,33 +301,41 @@ def open_hugging_face(folder: Path) -> Source:
     return Source("Hugging Face's", config, read, folder / "tokenizer.model", meta)
 
 
-def why_unsupported(c: dict, rope_type: str) -> str | None:
+def why_unsupported(c: dict, rope_type: str, scaling: float) -> str | None:
     """What in a config.json would give wrong results here, or None."""
     if c.get("model_type") != "llama":
         return f"architecture {c.get('model_type')}"
     if rope_type not in ("default", "linear"):
         return f"RoPE scaling {rope_type}"
+    if not 1 <= scaling <= 256:
+        return f"RoPE scaling by {scaling}"
     if "quantization_config" in c:
         return "a quantized checkpoint (use the float16 version with --quantize=q4)"
     return None
 
 
 def hugging_face_files(folder: Path) -> list[Path]:
-    """One file, or the shards that an index lists; safetensors are preferred to pickles."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            shards = set(read_json(index)["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
-        if (folder / name).exists():
-            return [folder / name]
+    """One file, or all shards; safetensors are preferred to pickles. The index of shards is not
+    read: it may be missing or of another download, and Tensors notices a missing shard."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        if (folder / f"{stem}{suffix}").exists():
+            return [folder / f"{stem}{suffix}"]
+        shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
+        if shards:
+            return shards
     raise UserError(f"{folder} has config.json, but neither model.safetensors nor "
                     "pytorch_model.bin; download the weights")
 
 
-def llama_names(config: model.LLaMAConfig) -> list[str]:
+def llama_shapes(config: model.LLaMAConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return list(model.LLaMA(config).state_dict())
+        return {name: w.shape for name, w in model.LLaMA(config).state_dict().items()}
+
+
+def check_shape(where, name: str, weight: torch.Tensor, needed: torch.Size) -> None:
+    if weight.shape != needed:
+        raise UserError(f"{where}: {name} is {tuple(weight.shape)}, but this model needs "
+                        f"{tuple(needed)}: files of different models are mixed")
 
 
 def guess_template(name: str, config: model.LLaMAConfig) -> str:
@@ -320,13 +385,11 @@ def load_weights(net: nn.Module, read: Callable, where, dtype: torch.dtype, devi
     state = {}
     for name in tqdm(shapes, desc=f"reading {where}", leave=False, delay=1):
         weight = read(name)
-        if weight.shape != shapes[name]:
-            found, needed = tuple(weight.shape), tuple(shapes[name])
-            raise UserError(f"{where}: {name} is {found}, but this model needs {needed}: files of "
-                            "different models are mixed")
+        check_shape(where, name, weight, shapes[name])
         kind = block_type(name, weight.shape, quantize)
         if kind.startswith("Q") and name != "tok_embeddings.weight":
             parent, _, child = name.removesuffix(".weight").rpartition(".")
+            check_range(f"{where}: {name}", weight, kind)
             layer = QuantLinear(quantize_rows(weight, kind), kind, fast)
             setattr(net.get_submodule(parent), child, layer.to(device))
         else:

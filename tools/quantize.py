@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import model
-from tools.config import run
+from tools.config import UserError, run
 
 # -- blocks: 32 weights of a row with one scale ---------------------------------------------------
 
@@ -33,13 +33,14 @@ class BlockType(NamedTuple):
     bytes: int  # of a block: the scale d in float16, then the codes
     id: int  # GGUF's number of this type
     file_type: int  # GGUF's number of a file whose matrices have this type
+    largest: float  # magnitude: float16, which the scales have, too, ends at 65,504
 
 
 BLOCKS = {
-    "F32": BlockType(1, 4, 0, 0),
-    "F16": BlockType(1, 2, 1, 1),
-    "Q8_0": BlockType(32, 34, 8, 7),
-    "Q4_0": BlockType(32, 18, 2, 2),
+    "F32": BlockType(1, 4, 0, 0, torch.finfo(torch.float32).max),
+    "F16": BlockType(1, 2, 1, 1, 65504),
+    "Q8_0": BlockType(32, 34, 8, 7, 65504 * 127),
+    "Q4_0": BlockType(32, 18, 2, 2, 65504 * 8),
 }
 
 
@@ -53,6 +54,14 @@ def block_type(name: str, shape: tuple, quantize: str) -> str:
     if quantize == "q8" or name in ("tok_embeddings.weight", "output.weight"):
         return "Q8_0"
     return "Q4_0"
+
+
+def check_range(name: str, weight: torch.Tensor, kind: str) -> None:
+    """Raises UserError for a weight that would be stored as infinity, and for NaN."""
+    low, high = weight.aminmax()
+    largest, limit = max(-low.item(), high.item()), BLOCKS[kind].largest
+    if not largest <= limit:
+        raise UserError(f"{name} has a weight of {largest:g}; {kind} holds at most {limit:g}")
 
 
 CHUNK = 1024  # rows converted at a time, so that intermediate results stay small
@@ -193,7 +202,8 @@ def pack_value(value) -> bytes:
 
 
 def jinja(template: str) -> str:
-    """A template of data.py in Jinja, as llama.cpp and transformers read it. They add <s>."""
+    """A template of data.py in Jinja, as llama.cpp and transformers read it. They add <s>. Like
+    other published templates, it raises unless user and assistant take turns."""
     t = data.get_template(template)
     before, after = t.ask.split("{text}")
     space = "" if t.reply_continues else " "  # SentencePiece's, which must be text here
@@ -207,7 +217,10 @@ def jinja(template: str) -> str:
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
         "{% else %}{% set system = " + quote(t.system) + " %}{% set turns = messages %}{% endif %}"
-        "{% for m in turns %}{% if m['role'] == 'assistant' %}"
+        "{% for m in turns %}"
+        "{% if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+        "{{ raise_exception('user and assistant must take turns, the user first') }}{% endif %}"
+        "{% if m['role'] == 'assistant' %}"
         + put(quote(space), "m['content']", quote(t.end or "</s>")) +
         "{% else %}{% if loop.first %}{% if system %}" + put("system", quote(t.between))
         + "{% endif %}" + put(quote(t.start)) + later + "{% endif %}"
@@ -305,6 +318,7 @@ def write_gguf(folder, path, quantize: str = "") -> int:
         file.write(head + b"\0" * (-len(head) % 32))
         for name, kind in tqdm(kinds.items(), f"writing {path}", leave=False, delay=1):
             weight = source.read(name)
+            check_range(f"{folder}: {name}", weight, kind)
             if kind == "F32":
                 stored = weight.float()
             elif kind == "F16":

@@ -96,13 +96,14 @@ class ReplyCache:
         for line in text.split("\n"):  # not splitlines(): replies may contain U+2028
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # empty, or truncated when the machine stopped
-                continue
-            key = record.pop("key")
-            self.replies[key] = Reply(**record)
+                key = record.pop("key")
+                self.replies[key] = Reply(**record)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                continue  # empty, or truncated when the machine stopped
 
     def add(self, key: str, reply: Reply) -> None:
-        self.replies[key] = reply
+        text = reply.text.encode("utf-8", "replace").decode()  # no file can hold half a character
+        self.replies[key] = reply = reply._replace(text=text)
         line = json.dumps(dict(key=key, **reply._asdict()), ensure_ascii=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + line)  # newline first: the last line may be truncated
