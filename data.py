@@ -411,6 +411,8 @@ def read_text(path) -> str:
     for first_bytes, kind in NOT_TEXT.items():
         if raw.startswith(first_bytes):
             raise UserError(f"{path} is {kind}; give JSON or text, which may be gzipped")
+    if b"\0" in raw:
+        raise UserError(f"{path} is not text: it has NUL bytes; convert UTF-16 with iconv")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -418,10 +420,7 @@ def read_text(path) -> str:
         raise UserError(f"{path} is not UTF-8 (line {line}); convert it with iconv") from None
     if not text.strip():
         raise UserError(f"{path} is empty")
-    if "\0" in text:
-        raise UserError(f"{path} is not text: it has NUL bytes; convert UTF-16 with iconv")
-    # Where cat joined two files, there is a byte order mark, and maybe no line break before it.
-    return re.sub(r"\n\ufeff|(?<=[}\]])\ufeff(?=[{\[])", "\n", text)
+    return text
 
 
 # What a file begins with that is not text.
@@ -432,14 +431,14 @@ NOT_TEXT = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\3\4": "a
 # The beginning of JSON: a quoted string in an object or array, and what follows it there. Python
 # quotes with "'".
 JSON_BEGINS = re.compile(
-    r"""^[ \t]*[\[{][\s\[{]*("([^"\\\n]|\\.)*"|'([^'\\\n]|\\.)*')\s*[:,\]]""", re.M)
+    r"""\s*[\[{][\s\[{]*("([^"\\\n]|\\.)*"|'([^'\\\n]|\\.)*')\s*[:,\]]""")
 
 
 def looks_like_json(text: str) -> bool:
-    """True for text that is meant as JSON: at the beginning, or in half of the lines. It is
-    reported as broken instead of being read as prose."""
-    text = text.strip()
-    return bool(JSON_BEGINS.match(text)) or 2 * len(JSON_BEGINS.findall(text)) > text.count("\n")
+    """True for text that is meant as JSON, by its beginning or by quoted keys in a quarter of
+    its lines. Where it is broken, that is reported, and it is not read as prose."""
+    n_keys = len(re.findall(r"""["'] *:""", text))
+    return bool(JSON_BEGINS.match(text)) or 4 * n_keys > text.count("\n") + 10
 
 
 def parse_records(text: str, path) -> list:
@@ -451,21 +450,17 @@ def parse_records(text: str, path) -> list:
 
 
 def parse_json(text: str, path) -> list:
-    """Raises UserError with the broken line, so that no record is lost silently."""
-    try:
-        value = json.loads(text)
-        return value if isinstance(value, list) else [value]
-    except (ValueError, RecursionError) as error:
-        is_lines = getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("[")
-        if not is_lines:
-            raise broken_json(path, getattr(error, "lineno", 1), error) from None
-    records = []
-    for line_number, line in enumerate(text.split("\n"), start=1):
+    """The values in JSON arrays or JSON lines, also in files that were joined by cat. Raises
+    UserError with the broken line, so that no record is lost silently."""
+    decoder, between, records, at = json.JSONDecoder(), re.compile(r"[\s\ufeff]*"), [], 0
+    are_arrays = text.lstrip().startswith("[")
+    while (at := between.match(text, at).end()) < len(text):
         try:
-            if line.strip():
-                records.append(json.loads(line))
+            value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
+            line_number = getattr(error, "lineno", text.count("\n", 0, at) + 1)
             raise broken_json(path, line_number, error) from None
+        records += value if are_arrays and isinstance(value, list) else [value]
     return records
 
 
@@ -487,16 +482,16 @@ KINDS = {
 
 def read_file(path, kinds: dict | None = None) -> tuple[str, list | str]:
     """("text", the text), or one of KINDS and the records. Raises UserError for other JSON."""
-    text = read_text(path)
+    text, records = read_text(path), None
     is_json = looks_like_json(text)
-    if not is_json and text.lstrip()[0] not in '[{"':
-        return "text", text
-    try:
-        records = parse_records(text, path)
-    except UserError:
-        if is_json:
-            raise
-        return "text", text
+    if is_json or text.lstrip()[0] in '[{"':
+        try:
+            records = parse_records(text, path)
+        except UserError:
+            if is_json:
+                raise
+    if records is None:
+        return "text", text.replace("\ufeff", "")  # the byte order marks of files joined by cat
     # a list of lists: each is the messages of a conversation
     records = [dict(messages=r) if isinstance(r, list) else r for r in records]
     kind = kind_of_records(records, kinds or KINDS)
@@ -563,9 +558,7 @@ def parse_message(message, report: Report) -> Turn:
     if message.get("weight") in (0, 1):
         used.add("weight")
     report.update(f"not trained on: {key} of a message" for key in set(filled(message)) - used)
-    alpaca_input = message.get("input")
-    if not isinstance(alpaca_input, str):
-        alpaca_input = ""
+    alpaca_input = message["input"] if isinstance(message.get("input"), str) else ""
     return Turn(ROLES.get(name, name), text, alpaca_input, supervised=message.get("weight") != 0)
 
 
@@ -626,9 +619,9 @@ def refuse_pictures(c: Conversation) -> None:
     """Raises UserError for a question about a picture, as in LLaVA's and OpenAI's records."""
     has_picture = bool(filled(c.extra, "image", "images"))
     for question in c.turns[::2]:
-        text = question.text.strip()
-        at_an_end = text.startswith("<image>") or text.endswith("<image>")
-        if at_an_end or has_picture and "<image>" in text:
+        text = question.whole().strip()
+        begins_or_ends = text.startswith("<image>") or text.endswith("<image>")
+        if begins_or_ends or has_picture and "<image>" in text:
             raise UserError(f"{c.id} has an <image>, and this reads text alone; `python "
                             "train_vlm.py --images=FOLDER` trains on pictures with captions")
 

@@ -546,8 +546,8 @@ def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTCo
     warn_if_cut(examples, cfg, "conversations",
                 "; `python -m recipes.sharegpt split` keeps all of them")
     if not supervised:
-        raise UserError(f"{path}: nothing is supervised, since no reply fits into "
-                        f"--seq_len={cfg.seq_len}")
+        raise UserError(f"{path}: nothing is supervised; no reply fits into "
+                        f"--seq_len={cfg.seq_len}, or all have weight 0")
     return rows
 
 

@@ -134,7 +134,7 @@ def test_other_tokenizers_are_refused(tmp_path, options, reason):
     """Newlines became spaces and two spaces one; and no reply ended where </s> was -1."""
     ours = dict(byte_fallback=True, normalization_rule_name="identity",
                 remove_extra_whitespaces=False, hard_vocab_limit=False, model_type="bpe",
-                minloglevel=2)
+                minloglevel=2, num_threads=1)
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 30), model_writer=trained, vocab_size=400,

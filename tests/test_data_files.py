@@ -162,7 +162,9 @@ SEE = dict(type="text", text="See?")
 
 
 @pytest.mark.parametrize("record", [
-    chat("<image>\nWhat is it?", "A cat.", image="cat.jpg"), chat("It is <image>", "A cat."),
+    chat("<image>\nWhat is it?", "A cat.", image="cat.jpg"),
+    dict(instruction="What is it?", input="<image>", output="A cat.", image="cat.jpg"),
+    chat("It is <image>", "A cat."),
     chat("Are <image> and <image> equal?", "No.", images=["1.png", "2.png"]),
     *[chat(parts, "A cat.") for parts in ([IMAGE], [SEE, IMAGE], [SEE, IMAGE, SEE])]])
 def test_pictures_are_refused(tmp_path, record):
@@ -203,13 +205,15 @@ FILES = [
     ('{"a": NaN, "b": "\u2028", ' + LINE[1:] + "\n" + LINE, 2),
     # two files joined by cat, each with its byte order mark
     *[(f"\ufeff{LINE}{end}\ufeff{LINE}", 2) for end in ("", "\n", "\r\n")],
+    (f"\ufeff[{LINE}]\n\ufeff[{LINE}]", 2),
     # broken JSON
     (f"[\n{LINE}\n{LINE}]", "broken JSON at line 3"),
     (f"{LINE}\n\n{LINE[:-5]}", "broken JSON at line 3"),
     (f"{LINE}\noops\n{LINE}", "broken JSON at line 2"),
     ('{"conversations": ' + "[" * 100000, "line 1: .*recursion"),
     # JSON is never prose: not with garbage before it, and not if its strings are broken
-    (f"// from a site\n{LINE}\n{LINE}\n", "broken JSON at line 1"),
+    *[(f"{odd}{LINE}\n{LINE}\n", "broken JSON at line 1") for odd in ("// a file\n", "data = ")],
+    ("// a file\n" + json.dumps([chat("Q", "A")] * 9, indent=1), "broken JSON at line 1"),
     ('["One.", "Two."', "broken JSON at line 1"),
     ('[["One.", "Two."], ["Three', "broken JSON at line 1"),
     ('"One."\n"Two."', "no objects"),
@@ -219,7 +223,7 @@ FILES = [
     (gzip.compress(b"PK\x03\x04\x14\x00"), "a zip file"),
     (b"\xfd7zXZ\x00\x00\x04", "an xz file"),
     (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-    (LINE.encode("utf-16-le"), "NUL bytes"),
+    *[(LINE.encode(encoding), "NUL bytes") for encoding in ("utf-16", "utf-16-le")],
     ("A book.\0\n", "NUL bytes"),
     # not UTF-8, damaged, empty
     (f"{LINE}\n".encode() + b'{"a": "caf\xe9"}', r"not UTF-8 \(line 2\)"),
@@ -260,9 +264,9 @@ def test_documents(tmp_path, capsys):
     assert "2 of 3 documents; skipped: no text: 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="conversations"):
         data.load_documents(write(file, [chat("Q", "A")]))
-    text = "[Scene 1. A castle.]\nEnter KING"
-    file.write_text(text)
-    assert data.load_documents(file) == [text]
+    text = "[Scene 1. A castle.]\nEnter KING\n"
+    file.write_text(f"\ufeff{text}\ufeff{text}", encoding="utf-8")  # two files joined by cat
+    assert data.load_documents(file) == [text * 2]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
