@@ -71,11 +71,11 @@ class Tokenizer:
         if min(self.bos, self.eos) < 0:
             return "it has no <s> or no </s>"
         if not self.sp.is_byte(self._newline):
-            return "it has no bytes for what has no piece"
+            return "it has no byte fallback"
         if self.sp.decode(self.sp.encode(NORMALIZED)) != NORMALIZED:
-            return "it normalizes text, so that it cannot be decoded as it was"
+            return "it normalizes text, which changes it"
         if self.sp.encode("\n\n")[-2:] != [self._newline] * 2:
-            return "a newline is not the byte <0x0A>"
+            return "a newline is not the single piece <0x0A>"
         return None
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
@@ -160,7 +160,7 @@ class Turn(NamedTuple):
     text: str
     input: str = ""  # Alpaca's input field
     slots: int = 0  # image slots before the text
-    supervised: bool = True  # False: a reply that is not learned
+    supervised: bool = True  # False: a reply that is not in the loss
 
     def whole(self) -> str:
         """The text, with Alpaca's input below it."""
@@ -515,7 +515,8 @@ def kind_of_records(records: list, kinds: dict) -> str | None:
 
 
 def filled(record: dict, *keys: str) -> list[str]:
-    """Those of the keys, by default all, that have a value: tables give others, too, with null."""
+    """Those of the keys (by default all) that have a value. Tables give every record all columns,
+    with null or nothing in some."""
     return [key for key in keys or record if record.get(key) not in (None, "", [], {})]
 
 

@@ -126,7 +126,7 @@ def test_a_tokenizer_does_not_depend_on_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("options, reason", [
-    (dict(bos_id=-1), "no <s>"), (dict(eos_id=-1), "no </s>"), (dict(byte_fallback=False), "bytes"),
+    (dict(bos_id=-1), "no <s>"), (dict(eos_id=-1), "no </s>"), (dict(byte_fallback=False), "byte"),
     (dict(user_defined_symbols="\n"), "newline"), (dict(user_defined_symbols="\n\n"), "newline"),
     (dict(remove_extra_whitespaces=True), "normalizes"),
     *[(dict(normalization_rule_name=name), "normalizes") for name in ("nfkc", "nmt_nfkc_cf")]])
