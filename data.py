@@ -15,6 +15,7 @@ Where the sums disagree, they mask out the conversation or supervise the wrong t
 import bisect
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
@@ -62,6 +63,20 @@ class Tokenizer:
         self.unk, self.bos, self.eos = self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id()
         self.vocab_size = self.sp.vocab_size()
         self._newline = self.sp.piece_to_id("<0x0A>")
+        if reason := self.why_unusable():
+            raise UserError(f"{path} is not like LLaMA's tokenizer: {reason}")
+
+    def why_unusable(self) -> str | None:
+        """Why texts cannot be rendered with this tokenizer, or None."""
+        if min(self.bos, self.eos) < 0:
+            return "it has no <s> or no </s>"
+        if not self.sp.is_byte(self._newline):
+            return "it has no byte fallback"
+        if self.sp.decode(self.sp.encode(NORMALIZED)) != NORMALIZED:
+            return "it normalizes text, which changes it"
+        if self.sp.encode("\n\n")[-2:] != [self._newline] * 2:
+            return "a newline is not the single piece <0x0A>"
+        return None
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Ids without bos and eos. No text can produce a control token such as </s>.
@@ -83,6 +98,8 @@ class Tokenizer:
         return self.sp.decode(ids)
 
 
+# Changed by SentencePiece's normalizations: letters, capitals, spaces, and control characters.
+NORMALIZED = " A  ﬁ e\u0301 １\t\u3000\u200b\x07 "
 # bos, eos, unk, 256 bytes, and the space
 N_FIXED_PIECES = 260
 
@@ -90,8 +107,6 @@ N_FIXED_PIECES = 260
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     """Trains a BPE tokenizer with LLaMA's settings: byte fallback and no normalization. A small
     text may yield fewer than `vocab_size` pieces."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = non_blank_lines(texts)
     if not lines:
         raise UserError("no text to train a tokenizer on")
@@ -102,20 +117,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path) -> Tokenizer:
     characters = Counter(itertools.chain.from_iterable(lines))
     n_kept = max(1, vocab_size - N_FIXED_PIECES)
     rare = [character for character, _ in characters.most_common()[n_kept:]]
+    rare.append("\u2585")  # SentencePiece skips lines that contain it
     cut_at = {ord(character): "\n" for character in rare}
     lines = non_blank_lines(line.translate(cut_at) for line in lines)
+    trained = io.BytesIO()  # a file that SentencePiece writes would hold its own path
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        sentence_iterator=iter(lines), model_writer=trained, model_type="bpe",
         vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, character_coverage=0.99995,
         max_sentence_length=1 << 20, minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
-    path.with_suffix(".vocab").unlink(missing_ok=True)
+    with atomic_write(path, "wb") as file:
+        file.write(trained.getvalue())
     return Tokenizer(path)
 
 
 def non_blank_lines(texts: Iterable[str]) -> list[str]:
-    return [line for text in texts for line in text.split("\n") if line.strip()]
+    # Cut, because SentencePiece would skip a line of a megabyte.
+    return [line for text in texts for line in re.findall(".{1,10000}", text) if line.strip()]
 
 
 def template_lines() -> list[str]:
@@ -142,6 +161,11 @@ class Turn(NamedTuple):
     text: str
     input: str = ""  # Alpaca's input field
     slots: int = 0  # image slots before the text
+    supervised: bool = True  # False: a reply that is not in the loss
+
+    def whole(self) -> str:
+        """The text, with Alpaca's input below it."""
+        return f"{self.text}\n{self.input}" if self.input else self.text
 
 
 @dataclass
@@ -259,12 +283,12 @@ def spans(conversation: Conversation, t: Template) -> Iterator[Span]:
         if turn.role == "user":
             yield from question_spans(conversation, i, t)
         else:
-            yield Span(turn.text, supervised=True, continues=t.reply_continues)
+            yield Span(turn.text, supervised=turn.supervised, continues=t.reply_continues)
             truncated = i == last and conversation.extra.get("cut") is True
             if t.end and not truncated:
-                yield Span(t.end, supervised=True, continues=True)
+                yield Span(t.end, supervised=turn.supervised, continues=True)
             elif not truncated:
-                yield Span(eos=True, supervised=True)
+                yield Span(eos=True, supervised=turn.supervised)
 
 
 def question_spans(conversation: Conversation, i: int, t: Template) -> Iterator[Span]:
@@ -387,6 +411,11 @@ def read_text(path) -> str:
             raw = gzip.decompress(raw)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is a corrupt gzip file ({error})") from None
+    for first_bytes, kind in NOT_TEXT.items():
+        if raw.startswith(first_bytes):
+            raise UserError(f"{path} is {kind}; give JSON or text, which may be gzipped")
+    if b"\0" in raw:
+        raise UserError(f"{path} is not text: it has NUL bytes; convert UTF-16 with iconv")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -397,9 +426,22 @@ def read_text(path) -> str:
     return text
 
 
-# Text that is meant as JSON, so that it is reported as broken instead of being read as prose: an
-# object, possibly in an array, whose first key is quoted.
-LOOKS_LIKE_JSON = re.compile(r'\s*(\[\s*)?\{\s*"([^"\\]|\\.)*"\s*:')
+# What a file begins with that is not text.
+NOT_TEXT = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\3\4": "a zip file",
+            b"\xfd7zXZ": "an xz file", b"BZh": "a bzip2 file", b"\x28\xb5\x2f\xfd": "a zstd file",
+            b"7z\xbc\xaf": "a 7z file", b"%PDF": "a PDF", b"SQLite format": "an SQLite database",
+            b"version https://git-lfs": "a Git LFS pointer, not the data"}
+# The beginning of JSON: a quoted string in an object or array, and what follows it there. Python
+# quotes with "'".
+JSON_BEGINS = re.compile(
+    r"""\s*[\[{][\s\[{]*("([^"\\\n]|\\.)*"|'([^'\\\n]|\\.)*')\s*[:,\]]""")
+
+
+def looks_like_json(text: str) -> bool:
+    """True for text that is meant as JSON, by its beginning or by quoted keys in a quarter of
+    its lines. Where it is broken, that is reported, and it is not read as prose."""
+    n_keys = len(re.findall(r"""["'] *:""", text))
+    return bool(JSON_BEGINS.match(text)) or 4 * n_keys > text.count("\n") + 10
 
 
 def parse_records(text: str, path) -> list:
@@ -411,29 +453,28 @@ def parse_records(text: str, path) -> list:
 
 
 def parse_json(text: str, path) -> list:
-    """Raises UserError with the broken line, so that no record is lost silently."""
-    try:
-        value = json.loads(text)
-        return value if isinstance(value, list) else [value]
-    except (ValueError, RecursionError) as error:
-        is_lines = getattr(error, "msg", "") == "Extra data" and not text.lstrip().startswith("[")
-        if not is_lines:
-            raise broken_json(path, getattr(error, "lineno", 1), error) from None
-    records = []
-    for line_number, line in enumerate(text.split("\n"), start=1):
+    """The values in JSON arrays or JSON lines, also in files that were joined by cat. Raises
+    UserError with the broken line, so that no record is lost silently."""
+    decoder, between, records, at = json.JSONDecoder(), re.compile(r"[\s\ufeff]*"), [], 0
+    are_arrays = text.lstrip().startswith("[")
+    while (at := between.match(text, at).end()) < len(text):
         try:
-            if line.strip():
-                records.append(json.loads(line))
+            value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
+            line_number = getattr(error, "lineno", text.count("\n", 0, at) + 1)
             raise broken_json(path, line_number, error) from None
+        records += value if are_arrays and isinstance(value, list) else [value]
     return records
 
 
 def broken_json(path, line_number: int, error: Exception) -> UserError:
-    return UserError(f"{path}: broken JSON at line {line_number}: {getattr(error, 'msg', error)}")
+    reason = getattr(error, "msg", error)
+    if isinstance(error, json.JSONDecodeError) and error.doc.startswith("'", error.pos):
+        reason = "Python's single quotes; write the file with json.dump"
+    return UserError(f"{path}: broken JSON at line {line_number}: {reason}")
 
 
-# A record is of a kind if it has all keys of one of these sets.
+# A record is of a kind if it has values for all keys of one of these sets.
 KINDS = {
     "sharegpt": ({"conversations"}, {"messages"}),
     "alpaca": ({"instruction", "output"}, {"instruction", "response"},
@@ -444,15 +485,18 @@ KINDS = {
 
 def read_file(path, kinds: dict | None = None) -> tuple[str, list | str]:
     """("text", the text), or one of KINDS and the records. Raises UserError for other JSON."""
-    text = read_text(path)
-    if text.lstrip()[0] not in "[{":
-        return "text", text
-    try:
-        records = parse_records(text, path)
-    except UserError:
-        if LOOKS_LIKE_JSON.match(text):
-            raise
-        return "text", text
+    text, records = read_text(path), None
+    is_json = looks_like_json(text)
+    if is_json or text.lstrip()[0] in '[{"':
+        try:
+            records = parse_records(text, path)
+        except UserError:
+            if is_json:
+                raise
+    if records is None:
+        return "text", text.replace("\ufeff", "")  # the byte order marks of files joined by cat
+    # a list of lists: each is the messages of a conversation
+    records = [dict(messages=r) if isinstance(r, list) else r for r in records]
     kind = kind_of_records(records, kinds or KINDS)
     if kind is None:
         objects = [record for record in records if isinstance(record, dict)]
@@ -466,10 +510,17 @@ def read_file(path, kinds: dict | None = None) -> tuple[str, list | str]:
 def kind_of_records(records: list, kinds: dict) -> str | None:
     """The kind of the first record that has one."""
     for record in records:
+        given = set(filled(record)) if isinstance(record, dict) else set()
         for kind, key_sets in kinds.items():  # the first match wins
-            if isinstance(record, dict) and any(keys <= record.keys() for keys in key_sets):
+            if any(keys <= given for keys in key_sets):
                 return kind
     return None
+
+
+def filled(record: dict, *keys: str) -> list[str]:
+    """Those of the keys (by default all) that have a value. Tables give every record all columns,
+    with null or nothing in some."""
+    return [key for key in keys or record if record.get(key) not in (None, "", [], {})]
 
 
 def kind_of(path) -> str:
@@ -488,51 +539,73 @@ def is_blank(text: str) -> bool:
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "instruction": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
+    "bard": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
+    "system": "system", "developer": "system",
 }
 
 
-def message_text(message: dict) -> str | None:
-    """The text of a ShareGPT or OpenAI message, or None if it has none that can be used."""
-    text = message.get("value")
-    if text is None:
-        text = message.get("content")
+def parse_message(message, report: Report) -> Turn:
+    """A ShareGPT or OpenAI message. Its text is None if it has none that can be used, and its role
+    is as in the file if it is unknown. Weight 0 excludes a reply from the loss."""
+    message = message if isinstance(message, dict) else {}
+    name = str(message.get("from") or message.get("role")).strip(" \t\n\xa0:#*<|>[]").lower()
+    keys = filled(message, "value", "content", "text")
+    text = message[keys[0]] if keys else None
     if isinstance(text, list):  # OpenAI's content parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        parts = [part if isinstance(part, dict) else {} for part in text]
+        parts.sort(key=lambda part: "text" in part)  # pictures first
+        texts = [part.get("text", "<image>" if "image" in str(part) else None) for part in parts]
+        text = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(text, str) or is_blank(text):
-        return None
-    return text
+        text, keys = None, []
+    used = {"from", "role", "input", *keys[:1]}
+    if message.get("weight") in (0, 1):
+        used.add("weight")
+    report.update(f"not trained on: {key} of a message" for key in set(filled(message)) - used)
+    alpaca_input = message["input"] if isinstance(message.get("input"), str) else ""
+    return Turn(ROLES.get(name, name), text, alpaca_input, supervised=message.get("weight") != 0)
+
+
+def split_record(record: dict, report: Report) -> tuple[list, dict]:
+    """The messages of a ShareGPT record, its system prompt first, and what else it has. Keys that
+    are not trained on are counted."""
+    extra = {key: record[key] for key in filled(record) if key != "id"}
+    forms = filled(extra, "conversations", "messages")
+    messages = extra.pop(forms[0]) if forms else []
+    if not isinstance(messages, list):
+        messages = []
+    if isinstance(extra.get("system"), str):
+        messages = [{"from": "system", "value": extra.pop("system")}, *messages]
+    report.update(f"not trained on: {key}" for key in extra if key not in ("cut", "rejected"))
+    return messages, extra
 
 
 def parse_sharegpt(record: dict, name: str, report: Report) -> Conversation | None:
     """A conversation of alternating turns, or None if it cannot be used. Repairs and drops go into
     the report."""
     turns, system, repairs, stopped = [], None, [], False
-    messages = record.get("conversations", record.get("messages"))
-    for message in messages if isinstance(messages, list) else []:
-        message = message if isinstance(message, dict) else {}
-        role = ROLES.get(str(message.get("from") or message.get("role")).lower())
-        if role is None:
-            report.add(name, "dropped: unknown role")
+    messages, extra = split_record(record, report)
+    for message in messages:
+        turn = parse_message(message, report)
+        if turn.role not in ROLES.values():
+            report.add(name, f"dropped: unknown role {turn.role[:40]}")
             return None
-        text = message_text(message)
-        if role == "system":
+        if turn.role == "system":
             if turns or system is not None:
                 repairs.append("repaired: used the last system prompt, although late or repeated")
-            system = text or system
-        elif text is None:
+            system = turn.text or system
+        elif turn.text is None:
             repairs.append("repaired: truncated at an empty message")
             stopped = True
             break
-        elif role == "assistant" and not turns:
+        elif turn.role == "assistant" and not turns:
             repairs.append("repaired: dropped a leading reply")
-        elif turns and turns[-1].role == role:
+        elif turns and turns[-1].role == turn.role:
             repairs.append("repaired: merged consecutive messages of one role")
-            turns[-1] = turns[-1]._replace(text=f"{turns[-1].text}\n{text}")
+            turns[-1] = turns[-1]._replace(text=f"{turns[-1].text}\n{turn.whole()}",
+                                           supervised=turns[-1].supervised and turn.supervised)
         else:
-            alpaca_input = message.get("input")
-            turns.append(Turn(role, text, alpaca_input if isinstance(alpaca_input, str) else ""))
+            turns.append(turn)
     if turns and turns[-1].role == "user":
         repairs.append("repaired: dropped an unanswered last question")
         turns.pop()
@@ -541,10 +614,20 @@ def parse_sharegpt(record: dict, name: str, report: Report) -> Conversation | No
         return None
     for repair in repairs:
         report.add(name, repair)
-    extra = {k: v for k, v in record.items() if k not in ("id", "conversations", "messages")}
     if stopped:  # these described a later reply
         extra = {k: v for k, v in extra.items() if k not in ("cut", "rejected")}
     return Conversation(turns, name, system, extra)
+
+
+def refuse_pictures(c: Conversation) -> None:
+    """Raises UserError for a question about a picture, as in LLaVA's and OpenAI's records."""
+    has_picture = bool(filled(c.extra, "image", "images"))
+    for question in c.turns[::2]:
+        text = question.whole().strip()
+        begins_or_ends = text.startswith("<image>") or text.endswith("<image>")
+        if begins_or_ends or has_picture and "<image>" in text:
+            raise UserError(f"{c.id} has an <image>, and this reads text alone; `python "
+                            "train_vlm.py --images=FOLDER` trains on pictures with captions")
 
 
 def one_round(question, reply, alpaca_input: str = "", extra: dict | None = None) -> dict:
@@ -557,21 +640,36 @@ NO_INPUT = ("", "<noinput>", "no input", "n/a", "none")  # all occur in Alpaca's
 
 
 def parse_alpaca(record: dict) -> list[dict]:
-    """One ShareGPT record, or one per instance of a Self-Instruct seed task."""
-    known = ("id", "instruction", "input", "output", "response", "instances")
-    extra = {k: v for k, v in record.items() if k not in known}
-    records = []
-    for instance in record.get("instances", [record]):
-        alpaca_input = instance.get("input") or ""
-        if alpaca_input.strip().lower() in NO_INPUT:
-            alpaca_input = ""
-        reply = instance.get("output", instance.get("response"))
-        records.append(one_round(record["instruction"], reply, alpaca_input, extra))
+    """One ShareGPT record, or one per instance of a Self-Instruct seed task. Dolly has "context"
+    for the input; LLaMA-Factory also has "history", rounds before this one, and "system"."""
+    rest = {key: record[key] for key in filled(record)}
+    question, history = rest.pop("instruction", None), rest.pop("history", [])
+    before = []
+    for item in history:  # a pair of texts, or a message
+        before += one_round(*item)["conversations"] if isinstance(item, list) else [item]
+    instances, records = rest.pop("instances", None), []
+    if instances is None:
+        instances, rest = [rest], {}
+    for instance in instances:
+        extra = {**rest, **instance}
+        inputs = [extra.pop(key) for key in filled(instance, "input", "context")]
+        inputs = [text for text in inputs if text.strip().lower() not in NO_INPUT]
+        reply = extra.pop("output", None) or extra.pop("response", None)
+        records.append(one_round(question, reply, "\n".join(inputs), extra))
+        records[-1]["conversations"][:0] = before
     return records
 
 
+def as_sharegpt(record: dict) -> list[dict]:
+    """ShareGPT records from one of either kind: a file may mix them."""
+    kind = kind_of_records([record], KINDS)
+    if kind == "alpaca":
+        return parse_alpaca(record)
+    return [record] if kind == "sharegpt" else []
+
+
 def parse_conversations(records: Iterable, prefix: str, report: Report,
-                        to_sharegpt=None) -> Iterator[Conversation]:
+                        to_sharegpt=as_sharegpt) -> Iterator[Conversation]:
     """Yields the conversations of each record; what cannot be used is counted in the report.
     `to_sharegpt` maps a record to a list of ShareGPT records."""
     for number, record in enumerate(records):
@@ -579,16 +677,17 @@ def parse_conversations(records: Iterable, prefix: str, report: Report,
         if not isinstance(name, (str, int)) or name == "":
             name = f"{prefix}_{number}"
         try:
-            parts = to_sharegpt(record) if to_sharegpt else [record]
-        except (LookupError, TypeError, AttributeError):
+            parts = to_sharegpt(record)
+        except (LookupError, TypeError, AttributeError, ValueError):
             parts = []
-        if not isinstance(record, dict) or not parts:
+        if not parts:
             report.add(str(name), "dropped: no conversation in this record")
             continue
         for k, part in enumerate(parts):
             part_name = str(name) if len(parts) == 1 else f"{name}_{k}"
             conversation = parse_sharegpt(part, part_name, report)
             if conversation:
+                refuse_pictures(conversation)
                 yield conversation
 
 
@@ -599,8 +698,7 @@ def load_conversations(path, report: Report | None = None) -> list[Conversation]
     kind, records = read_file(path)
     if kind in ("text", "documents"):
         raise UserError(f"{path} holds {kind}, not conversations")
-    to_sharegpt = parse_alpaca if kind == "alpaca" else None
-    found = list(parse_conversations(records, Path(path).stem, report, to_sharegpt))
+    found = list(parse_conversations(records, Path(path).stem, report))
     if not found:
         raise UserError(f"{path}: no usable conversation{report}")
     return found
@@ -613,27 +711,37 @@ def load_documents(path) -> list[str]:
         return [content]
     if kind != "documents":
         raise UserError(f"{path} holds conversations ({kind}); pre-training needs plain text")
-    texts = [r.get("text") if isinstance(r, dict) else None for r in content]
-    texts = [t for t in texts if isinstance(t, str) and t.strip()]
-    if len(texts) < len(content):
-        print(f"{path}: skipped {len(content) - len(texts)} of {len(content)} records: no text")
+    texts, report = [], Report()
+    for record in content:
+        record = record if isinstance(record, dict) else {}
+        text = record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            report["skipped: no text"] += 1
+            continue
+        texts.append(text)
+        report.update(f"not trained on: {k}" for k in filled(record) if k not in ("id", "text"))
+    if report:
+        print(f"{path}: {len(texts)} of {len(content)} documents{report}")
     return texts
 
 
 # -- writing files --------------------------------------------------------------------------------
 
 def to_record(c: Conversation, kind: str = "sharegpt") -> dict:
-    """A record of an Alpaca file (one round, no system prompt), or of a ShareGPT file, in which an
-    Alpaca input is part of the question."""
+    """A record of an Alpaca file, or of a ShareGPT file, in which an Alpaca input is part of the
+    question."""
     if kind == "alpaca":
-        asked, reply = c.turns
+        *before, asked, reply = c.turns
         fields = dict(instruction=asked.text, input=asked.input, output=reply.text)
+        if c.system:
+            fields["system"] = c.system
+        if before:
+            fields["history"] = [[q.whole(), a.text] for q, a in zip(before[::2], before[1::2])]
         return {"id": c.id, **c.extra, **fields}
     messages = [{"from": "system", "value": c.system}] if c.system else []
     for turn in c.turns:
-        speaker = "human" if turn.role == "user" else "gpt"
-        text = f"{turn.text}\n{turn.input}" if turn.input else turn.text
-        messages.append({"from": speaker, "value": text})
+        message = {"from": "human" if turn.role == "user" else "gpt", "value": turn.whole()}
+        messages.append(message if turn.supervised else {**message, "weight": 0})
     return {"id": c.id, "conversations": messages, **c.extra}
 
 

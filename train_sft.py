@@ -419,12 +419,12 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path,
              callback: Callable | None = None) -> model.LLaMA:
     """LLaMA: every token is supervised. The last tenth of the data is held out for validation.
 
-    Plain text is one stream. In JSON lines, each "text" is a document between <s> and </s>; those
-    that share a row do not attend to each other.
+    Plain text is one stream, and so is a single document. In JSON lines, each "text" is a document
+    between <s> and </s>; those that share a row do not attend to each other.
     """
     texts = data.load_documents(path)
-    is_stream = data.kind_of(path) == "text"
-    train_texts, held_texts = hold_out_a_tenth(texts, is_stream)
+    is_stream = len(texts) == 1
+    train_texts, held_texts = hold_out_a_tenth(texts)
     if tokenizer is None:
         tokenizer = own_tokenizer(train_texts, name, cfg, machine)
     if is_stream:
@@ -452,14 +452,14 @@ def pretrain(cfg: SFTConfig, name: str, machine: Machine, path,
     return net
 
 
-def hold_out_a_tenth(texts: list[str], is_stream: bool) -> tuple[list[str], list[str]]:
-    """Splits documents, or a single text at the end of a line, into about 90% and 10%."""
-    if not is_stream:
+def hold_out_a_tenth(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Splits documents, or a single text where a line ends nearby, into 90% and 10%."""
+    if len(texts) != 1:
         cut = len(texts) * 9 // 10
         return texts[:cut], texts[cut:]
     (text,) = texts
     cut = len(text) * 9 // 10
-    newline = text.rfind("\n", len(text) * 8 // 10, cut)
+    newline = text.rfind("\n", len(text) * 89 // 100, cut)
     if newline >= 0:
         cut = newline + 1
     return [text[:cut]], [text[cut:]]
@@ -550,8 +550,8 @@ def conversation_rows(path, template: str, tokenizer: data.Tokenizer, cfg: SFTCo
     warn_if_cut(examples, cfg, "conversations",
                 "; `python -m recipes.sharegpt split` keeps all of them")
     if not supervised:
-        raise UserError(f"{path}: nothing is supervised, since no reply fits into "
-                        f"--seq_len={cfg.seq_len}")
+        raise UserError(f"{path}: nothing is supervised; no reply fits into "
+                        f"--seq_len={cfg.seq_len}, or all have weight 0")
     return rows
 
 
@@ -582,10 +582,10 @@ def own_data(cfg: SFTConfig, machine: Machine) -> dict:
         print(f"{cfg.data} is {kind}, template {template}: {reason}, so a {cfg.preset} base model "
               f"is first pre-trained on the text of these conversations, for {steps} steps")
         parent = str(out / f"{name}-base")
-        text = out / "data" / f"{name}.txt"
+        text = out / "data" / f"{name}-base.json"  # a document, whatever it looks like
         if machine.rank == 0:
             with data.atomic_write(text) as file:
-                file.write("\n\n".join(conversation_texts(cfg.data)))
+                json.dump(dict(text="\n\n".join(conversation_texts(cfg.data))), file)
         machine.barrier()
         # learning_rate 0 is auto; --learning_rate is for fine-tuning
         base = replace(cfg, data=str(text), learning_rate=0.0, lora_rank=0, steps=steps)
@@ -606,7 +606,7 @@ def own_text(cfg: SFTConfig, name: str, machine: Machine, kind: str) -> None:
 
 
 def conversation_texts(path) -> list[str]:
-    return [turn.text for c in data.load_conversations(path) for turn in c.turns]
+    return [turn.whole() for c in data.load_conversations(path) for turn in c.turns]
 
 
 def choose_base(cfg: SFTConfig) -> tuple[str, str]:

@@ -76,8 +76,8 @@ def parse_oig(record: dict) -> list[dict]:
     return [transcript(record["text"], r"(?:\A|\n)<(human|bot)>:")]
 
 
-PARSERS = {"sharegpt": None, "alpaca": data.parse_alpaca, "hc3": parse_hc3, "hh": parse_hh,
-           "webgpt": parse_webgpt, "summaries": parse_summaries, "oig": parse_oig}
+PARSERS = {"sharegpt": data.as_sharegpt, "alpaca": data.as_sharegpt, "hc3": parse_hc3,
+           "hh": parse_hh, "webgpt": parse_webgpt, "summaries": parse_summaries, "oig": parse_oig}
 KINDS = {**openassistant.KINDS, **data.KINDS,
          "hc3": ({"question", "human_answers", "chatgpt_answers"},),
          "hh": ({"chosen", "rejected"},),

@@ -62,7 +62,7 @@ def why_unusable(message: dict, role: str) -> str | None:
         return "rejected in review"
     if data.is_blank(message["text"]):
         return "has no text"
-    if ROLES[message["role"]] != role:
+    if ROLES.get(message["role"]) != role:
         return "its role does not follow"
     return None
 

@@ -9,6 +9,7 @@ dummy_conversation.json) and seed_tasks.jsonl (Stanford Alpaca).
 """
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 import data
@@ -105,6 +107,41 @@ def test_vocab_size_is_an_upper_bound(tmp_path, texts, size):
     t = data.train_tokenizer(texts, size, tmp_path / "t.model")
     assert 259 < t.vocab_size <= size
     assert t.decode(t.encode(texts[0])) == texts[0]
+
+
+def test_a_long_line_is_not_skipped(tmp_path):
+    """SentencePiece skips what is longer than a megabyte; a book in one line gave a tokenizer of
+    bytes. It also skips lines with a block character."""
+    words = "elephant banana " * 100_000
+    for text in (words, words[:20_000] + "\n" + words, "elephant banana \u2585\n" * 100):
+        t = data.train_tokenizer([text], 400, tmp_path / "t.model")
+        assert len(t.encode("elephant banana")) == 2
+
+
+def test_a_tokenizer_does_not_depend_on_its_folder(tmp_path):
+    """Its file held its own path, so that a copy of a run "was trained with another tokenizer"."""
+    a, b = (data.train_tokenizer(CORPUS, 300, tmp_path / name / "t.model") for name in "ab")
+    assert a.path.read_bytes() == b.path.read_bytes()
+    assert [file.name for file in a.path.parent.iterdir()] == ["t.model"]
+
+
+@pytest.mark.parametrize("options, reason", [
+    (dict(bos_id=-1), "no <s>"), (dict(eos_id=-1), "no </s>"), (dict(byte_fallback=False), "byte"),
+    (dict(user_defined_symbols="\n"), "newline"), (dict(user_defined_symbols="\n\n"), "newline"),
+    (dict(remove_extra_whitespaces=True), "normalizes"),
+    *[(dict(normalization_rule_name=name), "normalizes") for name in ("nfkc", "nmt_nfkc_cf")]])
+def test_other_tokenizers_are_refused(tmp_path, options, reason):
+    """Newlines became spaces and two spaces one; and no reply ended where </s> was -1."""
+    ours = dict(byte_fallback=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, hard_vocab_limit=False, model_type="bpe",
+                minloglevel=2, num_threads=1)
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 30), model_writer=trained, vocab_size=400,
+        **{**ours, **options})
+    (tmp_path / "t.model").write_bytes(trained.getvalue())
+    with pytest.raises(UserError, match=f"t.model is not like LLaMA's tokenizer: .*{reason}"):
+        data.Tokenizer(tmp_path / "t.model")
 
 
 def test_find_tokenizer(tmp_path, tokenizer):

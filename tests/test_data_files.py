@@ -48,13 +48,23 @@ CASES = [
     (chat("Q", "A", "R"), QA, ["unanswered last question"]),
     # no conversation at all
     (chat("Q"), [], ["no reply"]),
-    *[({"conversations": odd}, [], ["no reply"]) for odd in (None, "Q")],
+    *[({"conversations": odd}, [], ["no conversation"]) for odd in (None, [])],
+    ({"conversations": "Q"}, [], ["no reply"]),
     *[({"conversations": [odd]}, [], ["unknown role"]) for odd in (None, {"from": ["gpt"]})],
     ([None, 5, "x", []], [], ["no conversation"] * 4),
     # roles
     *[(chat("Q", "A", roles=roles), QA, []) for roles in (("prompter", "bing"), ("USER", "GPT"))],
     (said(("human", "Q"), ("system", "S"), ("gpt", "A")), QA, ["used the last system prompt"]),
-    (said(("human", "Q"), ("tool", "3"), ("gpt", "A")), [], ["unknown role"]),
+    (said(("human", "Q"), ("tool", "3"), ("gpt", "A")), [], ["unknown role tool"]),
+    (said(("user ", "Q"), ("<|Assistant|>:", "A")), QA, []),
+    (said(("developer", "S"), ("Human", "Q"), ("ai", "A")), QA, []),
+    # columns that are null or empty in this record, since others in the table have values there
+    (dict(conversations=None, messages=chat("Q", "A")["conversations"]), QA, []),
+    (dict(instruction="Q", output="A", conversations=[], messages=None), QA, []),
+    (dict(instruction=None, output=None, **chat("Q", "A")), QA, []),
+    # a list of lists
+    ([chat("Q", "A")["conversations"]] * 2, QA * 2, []),
+    ([[["Q", "A"]], ["Q", "A"], [1]], [], ["unknown role"] * 3),
     # messages without text
     *[(chat("Q", "A", value, "B"), QA, ["empty message"])
       for value in (None, 5, {"x": 1}, " \n\t", "\u200b\ufeff")],
@@ -68,7 +78,10 @@ CASES = [
     *[(chat("Q", "A", id=name), QA, []) for name in (7, None)],
     # Alpaca
     (dict(instruction="Go.", response="Gone."), GONE, []),
-    (dict(instruction="Go.", output=None), [], ["no reply"]),
+    (dict(instruction="Go.", output=None), [], ["no conversation"]),
+    *[(dict(instruction="Q", output="A", history=before), [["R", "B", "Q", "A"]], [])
+      for before in ([["R", "B"]], chat("R", "B")["conversations"])],
+    (dict(instruction="Q", output="A", history=["R", "B"]), [], ["unknown role"]),
     (dict(instruction=" ", output="Gone."), [], ["no reply"]),
     (dict(instruction="Go.", input=["5"], output="Gone."), [], ["no conversation"]),
     (dict(instruction="Go.", instances=[dict(input="", output="A"), dict(input="", output="B")]),
@@ -93,12 +106,84 @@ def test_bad_input(tmp_path, record, want, reasons):
     check_reasons(report, reasons)
 
 
+# (record, what the report counts)
+UNUSED = [
+    (chat("Q", "A", mood="good", score=0, empty="", none=None), ["mood", "score"]),
+    (dict(instruction="Q", output="A", response="B", kind="k", text="T"),
+     ["response", "kind", "text"]),
+    (dict(messages=[dict(role="system", content={"x": 1}),
+                    dict(role="user", content="Q", name="Al", text="R"),
+                    dict(role="ai", content="A", tool_calls=[1], weight=0.5)]),
+     ["name of a message", "text of a message", "content of a message", "tool_calls of a message",
+      "weight of a message"]),
+    (dict(text="A document.", title="T", id=1, meta={}), ["title"]),
+]
+
+
+@pytest.mark.parametrize("record, unused", UNUSED)
+def test_what_is_not_trained_on_is_counted(tmp_path, capsys, record, unused):
+    """A column of the file can be what matters in it. None is left out in silence."""
+    file, report = write(tmp_path / "people.json", [record] * 2), data.Report()
+    if "title" in record:
+        data.load_documents(file)
+        assert "; not trained on: title: 2" in capsys.readouterr().out
+        return
+    data.load_conversations(file, report)
+    assert report == {f"not trained on: {key}": 2 for key in unused}
+
+
+def test_a_system_prompt_beside_the_conversation(tmp_path):
+    """It was dropped, and the model learned to be a pirate without being told."""
+    records = [chat("Q", "A", system="Be a pirate."), chat("Q", "A", system=[])]
+    found = data.load_conversations(write(tmp_path / "chats.json", records))
+    assert [c.system for c in found] == ["Be a pirate.", None]
+    record = dict(instruction="Q", output="A", system="Be brief.", history=[["R", "B"]])
+    (c,) = data.load_conversations(write(tmp_path / "tasks.json", [record]))
+    assert c.system == "Be brief." and not c.extra
+    data.save_conversations([c], tmp_path / "tasks.json", "alpaca")
+    (again,) = data.load_conversations(tmp_path / "tasks.json")
+    assert again.turns == c.turns and again.system == c.system
+
+
+def test_weight_0_is_not_supervised(tmp_path):
+    """OpenAI's and Axolotl's mark for a reply that is context only. It is kept in files."""
+    record = chat("Q", "A", "R", "B")
+    record["conversations"][1]["weight"] = 0
+    file = write(tmp_path / "chats.json", [record])
+    for _ in range(2):
+        (c,) = data.load_conversations(file)
+        spans = data.spans(c, data.TEMPLATES["vicuna_v1.1"])
+        assert [span.text for span in spans if span.supervised] == ["B", ""]
+        data.save_conversations([c], file)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "cat.png"}}
+SEE = dict(type="text", text="See?")
+
+
+@pytest.mark.parametrize("record", [
+    chat("<image>\nWhat is it?", "A cat.", image="cat.jpg"),
+    dict(instruction="What is it?", input="<image>", output="A cat.", image="cat.jpg"),
+    chat("It is <image>", "A cat."),
+    chat("Are <image> and <image> equal?", "No.", images=["1.png", "2.png"]),
+    *[chat(parts, "A cat.") for parts in ([IMAGE], [SEE, IMAGE], [SEE, IMAGE, SEE])]])
+def test_pictures_are_refused(tmp_path, record):
+    """They were trained on as text: "<image>" as a word, and replies about what nobody can see."""
+    with pytest.raises(UserError, match="people_1 has an <image>.*train_vlm.py"):
+        data.load_conversations(write(tmp_path / "people.json", [chat("Q", "A"), record]))
+
+
+def test_text_about_an_image_tag_is_no_picture(tmp_path):
+    data.load_conversations(write(tmp_path / "c.json", [chat("Is <image> valid SVG?", "No.")]))
+
+
 @pytest.mark.parametrize("given, want", [("5", "5"), (None, ""), ("<noinput>", ""), ("N/A", "")])
 def test_input_of_alpaca(tmp_path, given, want):
     """A single character is an input, too; what says that there is none is not."""
-    file = write(tmp_path / "tasks.json", [dict(instruction="Go.", input=given, output="Gone.")])
-    (found,) = data.load_conversations(file)
-    assert found.turns[0] == data.Turn("user", "Go.", want)
+    for key in ("input", "context"):  # Dolly's name for it
+        record = {"instruction": "Go.", key: given, "output": "Gone."}
+        (found,) = data.load_conversations(write(tmp_path / "tasks.json", [record]))
+        assert found.turns[0] == data.Turn("user", "Go.", want)
 
 
 def test_system_text(tmp_path):
@@ -118,11 +203,28 @@ FILES = [
     (json.dumps(chat("Q", "A"), indent=2), 1),
     (b"\xef\xbb\xbf" + LINE.encode(), 1),
     ('{"a": NaN, "b": "\u2028", ' + LINE[1:] + "\n" + LINE, 2),
+    # two files joined by cat, each with its byte order mark
+    *[(f"\ufeff{LINE}{end}\ufeff{LINE}", 2) for end in ("", "\n", "\r\n")],
+    (f"\ufeff[{LINE}]\n\ufeff[{LINE}]", 2),
     # broken JSON
     (f"[\n{LINE}\n{LINE}]", "broken JSON at line 3"),
     (f"{LINE}\n\n{LINE[:-5]}", "broken JSON at line 3"),
     (f"{LINE}\noops\n{LINE}", "broken JSON at line 2"),
     ('{"conversations": ' + "[" * 100000, "line 1: .*recursion"),
+    # JSON is never prose: not with garbage before it, and not if its strings are broken
+    *[(f"{odd}{LINE}\n{LINE}\n", "broken JSON at line 1") for odd in ("// a file\n", "data = ")],
+    ("// a file\n" + json.dumps([chat("Q", "A")] * 9, indent=1), "broken JSON at line 1"),
+    ('["One.", "Two."', "broken JSON at line 1"),
+    ('[["One.", "Two."], ["Three', "broken JSON at line 1"),
+    ('"One."\n"Two."', "no objects"),
+    *[(str(odd), "single quotes") for odd in ([chat("Q", "A")], chat("Q", "A"), ["a", "b"])],
+    # what is no text
+    (b"PAR1\x15\x04\x15", "people.txt is a Parquet file"),
+    (gzip.compress(b"PK\x03\x04\x14\x00"), "a zip file"),
+    (b"\xfd7zXZ\x00\x00\x04", "an xz file"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    *[(LINE.encode(encoding), "NUL bytes") for encoding in ("utf-16", "utf-16-le")],
+    ("A book.\0\n", "NUL bytes"),
     # not UTF-8, damaged, empty
     (f"{LINE}\n".encode() + b'{"a": "caf\xe9"}', r"not UTF-8 \(line 2\)"),
     (gzip.compress(LINE.encode())[:-9], "corrupt gzip"),
@@ -131,6 +233,7 @@ FILES = [
     # plain text that only begins like JSON, documents, and what is of no kind
     ('{"quoted" words} in a play', "not conversations"),
     ("[Scene 1. A castle.]\nEnter KING", "not conversations"),
+    ('"Who is there?" he said.\nAn object is:\n\n{"a": 1}\n\nSo.', "not conversations"),
     ('{"text": "a document"}', "not conversations"),
     ('[{"a": 1, "b": 2}]', "with the keys a, b"),
     ("[]", "no objects"),
@@ -146,7 +249,7 @@ def test_bad_file(tmp_path, content, want):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(want, int):
         found = data.load_conversations(file, report)
-        assert [c.turns[0].text for c in found] == ["Q"] * want and not report
+        assert [c.turns[0].text for c in found] == ["Q"] * want and not report.entries
         return
     with pytest.raises(UserError, match=want) as caught:
         data.load_conversations(file, report)
@@ -158,12 +261,12 @@ def test_documents(tmp_path, capsys):
     is said."""
     file = write(tmp_path / "texts.json", [dict(text="One."), dict(text=" "), dict(text="Two.")])
     assert data.load_documents(file) == ["One.", "Two."]
-    assert "skipped 1 of 3 records" in capsys.readouterr().out
+    assert "2 of 3 documents; skipped: no text: 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="conversations"):
         data.load_documents(write(file, [chat("Q", "A")]))
-    text = "[Scene 1. A castle.]\nEnter KING"
-    file.write_text(text)
-    assert data.load_documents(file) == [text]
+    text = "[Scene 1. A castle.]\nEnter KING\n"
+    file.write_text(f"\ufeff{text}\ufeff{text}", encoding="utf-8")  # two files joined by cat
+    assert data.load_documents(file) == [text * 2]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -174,7 +277,7 @@ def test_saved_and_loaded_again(tmp_path, name):
     chats = [data.Conversation(turns, "0", "S", {"k": [1]}), data.Conversation(turns[:2], "1")]
     report = data.Report()
     assert data.save_conversations(chats, tmp_path / name) == 2
-    assert data.load_conversations(tmp_path / name, report) == chats and not report
+    assert data.load_conversations(tmp_path / name, report) == chats and not report.entries
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

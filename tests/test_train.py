@@ -352,6 +352,27 @@ def test_your_own_file_alone_is_enough(files, tmp_path, kind, template):
     assert saved["finished"] and saved["template"] == template
 
 
+def test_a_tenth_is_held_out():
+    """Of documents, or of a text: it was a fifth where the last line break stands early."""
+    for text in ("abc\n" * 100, "a" * 81 + "\n" + "b" * 919, "a" * 810 + "\n" + "b" * 189):
+        kept, held = train_sft.hold_out_a_tenth([text])
+        assert kept[0] + held[0] == text and 0.1 <= len(held[0]) / len(text) <= 0.11
+    kept, held = train_sft.hold_out_a_tenth(list("abcdefghij"))
+    assert (kept, held) == (list("abcdefghi"), ["j"])
+
+
+def test_a_base_for_conversations_about_json(tmp_path):
+    """A base is pre-trained on their text, whatever it looks like: it was refused as broken JSON.
+    An input is text, too."""
+    record = dict(instruction='{"a": 1} is what?', input="Say it in \0 words. " * 9, output="JSON.")
+    file = tmp_path / "j.json"
+    file.write_text(json.dumps([record] * 40))
+    result = train(data=file, out=tmp_path, steps=2, seq_len=512, batch_size=2, vocab_size=400)
+    assert meta(result["folder"])["finished"]
+    (text,) = data.load_documents(tmp_path / "data" / "j-base.json")
+    assert text.startswith('{"a": 1} is what?\nSay it in \0 words.')
+
+
 def test_a_plan_estimates_the_rest(capsys, monkeypatch):
     """The first guess is corrected by each stage that is done; one that was done before (it takes
     no time) must not make the rest look free."""
