@@ -10,7 +10,8 @@
 In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
 an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
 long as the model's training rows. When it is full, the oldest rounds are dropped (those with a
-picture last). That changes the prefix, so most of the prompt is processed again.
+picture last). That changes the prefix, so what is left is processed again; half a context is
+dropped at once, so that it happens rarely.
 """
 
 import contextlib
@@ -90,7 +91,8 @@ class Chat:
         for the reply: max_new_tokens, but at most a quarter of the window."""
         room = self.window - min(self.cfg.max_new_tokens, self.window // 4)
         conversation = data.Conversation(self.turns, system=self.system)
-        tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room)
+        tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room,
+                                          block=room // 2)
         if dropped:
             rounds = "1 earlier round" if dropped == 1 else f"{dropped} earlier rounds"
             self.notices.append(f"the context of {self.window} tokens is full: the model no longer "
