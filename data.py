@@ -668,12 +668,18 @@ def save_conversations(conversations: Iterable[Conversation], path, kind: str = 
 
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):
-    """Writes to PATH.part and renames it when it is complete. Creates the folder."""
-    path = Path(path)
+    """Writes to PATH.part and renames it when it is complete. Creates the folder. A device or a
+    pipe is written to as it is, and a link stays a link."""
+    path, encoding = Path(path), None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(part, mode, encoding=encoding) as file:
             yield file
         os.replace(part, path)
     finally:

@@ -16,6 +16,7 @@ dropped at once, so that it happens rarely.
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -258,11 +259,14 @@ class Chat:
         conversation = data.load_conversations(path)[0]
         turns, pictures = conversation.turns, []
         try:
-            for n, image in conversation.extra.get("images", []):
-                pictures.append(self.open_picture(image))
-                turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
-        except (ValueError, TypeError, IndexError):
+            images = dict(conversation.extra.get("images") or [])
+            if not all(type(n) is int and 0 <= n < len(turns) // 2 for n in images):
+                raise ValueError("no such round")
+        except (ValueError, TypeError):
             raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
+        for n in sorted(images):
+            pictures.append(self.open_picture(images[n]))
+            turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
         self.turns, self.system = turns, conversation.system
         self.pictures, self.pending = pictures, None
 
@@ -319,7 +323,7 @@ def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
 def command(chat: Chat, line: str) -> None:
     """Runs a slash command."""
     word, *arguments = line.split(maxsplit=1)
-    rest = "".join(arguments)
+    rest = os.path.expanduser("".join(arguments))
     if word == "/reset":
         chat.reset()
         print("(chat cleared)")
@@ -365,8 +369,6 @@ def main(cfg: SampleConfig) -> dict:
         print_answer(chat, chat.answer(cfg.prompt))
         return dict(rounds=1, speed=chat.speed)
     interactive = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray Latin-1 byte should not end the chat
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() arrow keys and history

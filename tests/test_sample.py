@@ -12,7 +12,7 @@ import torch
 import data
 import model
 import sample
-from tools import checkpoint
+from tools import checkpoint, config
 from tools.config import UserError
 
 WORDS = "cat dog red house tree river stone bird cloud lamp green moon".split()
@@ -294,7 +294,8 @@ def test_reading_a_pipe(folder, capsys, monkeypatch):
              "/undoo", "stone", "caf\xe9"]
     stdin = io.BytesIO("\n".join(lines).encode("latin-1"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
-    assert main(folder)["rounds"] == 3
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={folder}", "--max_new_tokens=12"])
+    config.run(sample.main, sample.SampleConfig)
     out, err = capsys.readouterr()
     first, second, _, unknown, third, _ = out.splitlines()
     assert [first, second] == reply(folder, "cat", "dog")
