@@ -226,10 +226,19 @@ def test_a_prompt_that_is_too_long_is_no_refused_setting(fake):
 def test_the_key_is_cut_out_before_the_message_is_shortened(fake):
     """Else its first half stands at the end."""
     for n in range(440, 505, 5):
-        fake.script = [(400, "x" * n + KEY + "y" * 99)]
+        fake.script = [(400, "\x1b[31m\n" + "x" * n + KEY + "y" * 99)]
         ask = client(fake)
         ask(asking("a"))
-        assert "sk-very" not in ask.why and len(ask.why) < 540
+        assert "sk-very" not in ask.why and len(ask.why) < 540 and ask.why.isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-two\nlines-0123456", "sk-two words-0123", "schlüssel-012345"])
+def test_a_key_that_no_header_can_hold_is_not_quoted(fake, monkeypatch, key):
+    """The library printed it: illegal header value b'Bearer sk-...'."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+        client(fake)
+    assert key[:6] not in str(error.value)
 
 
 def test_replies_of_another_time_are_skipped(tmp_path):

@@ -168,6 +168,8 @@ class Server:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key and host not in ("localhost", "127.0.0.1", "::1"):
             raise UserError(f"{self.name} needs a key in the environment variable OPENAI_API_KEY")
+        if not re.fullmatch("[!-~]*", self.key):  # the library would quote it
+            raise UserError("OPENAI_API_KEY holds a space or a character that no key has")
         self.timeout = timeout  # of one attempt, in seconds
         http = openai.DefaultHttpxClient(event_hooks=dict(response=[self.read_body]))
         self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
@@ -231,7 +233,7 @@ class Server:
             watch.cancel()
         if self.client.is_closed():
             why = "no answer in time"
-        why = self.without_key(" ".join(why.split()))[:500]
+        why = re.sub(r"[\s\x00-\x1f\x7f]+", " ", self.without_key(why)).strip()[:500]
         self.why = f"{self.name}: {why}"
         return None
 
@@ -250,8 +252,8 @@ class Server:
             value = sent.pop(named[0])
             if named[0] == "max_tokens":
                 sent["max_completion_tokens"] = value  # reasoning models know only this name
-            if sent != self.settings:
-                print(f"{self.name} refuses {named[0]}={value}")
+            if named[0] in self.settings:
+                tqdm.write(f"{self.name} refuses {named[0]}={value}")
                 self.settings = sent
 
     def read_body(self, response) -> None:
