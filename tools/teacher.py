@@ -253,8 +253,8 @@ class Server:
             if named[0] == "max_tokens":
                 sent["max_completion_tokens"] = value  # reasoning models know only this name
             if named[0] in self.settings:
-                tqdm.write(f"{self.name} refuses {named[0]}={value}")
                 self.settings = sent
+                tqdm.write(f"{self.name} refuses {named[0]}={value}")
 
     def read_body(self, response) -> None:
         """Reads an answer. The library's timeout starts anew with every byte; this one does not."""
