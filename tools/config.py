@@ -220,6 +220,7 @@ def run(main: Callable | None, cls, presets: dict | None = None) -> None:
     is None.
     """
     script, argv = program_name(), sys.argv[1:]
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None if it was closed
     for stream in (sys.stdin, sys.stdout):  # stderr replaces by default
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
