@@ -14,10 +14,12 @@ Where the sums disagree, they mask out the conversation or supervise the wrong t
 
 import bisect
 import contextlib
+import functools
 import gzip
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -353,23 +355,41 @@ def runs(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
     return [(a, b, bool(supervised[a])) for a, b in zip(borders, borders[1:]) if a < b]
 
 
-def fit_prompt(conversation: Conversation, template: str, tokenizer: Tokenizer,
-               room: int) -> tuple[list[int], int]:
+def fit_prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int,
+               block: int = 1) -> tuple[list[int], int]:
     """The tokens up to the reply, and how many rounds were dropped to make them fewer than `room`.
 
     Text-only rounds are dropped first, then rounds with an image, the oldest first. The last
-    question always stays, so the prompt can still be too long.
+    question always stays, so the prompt can still be too long. Text is dropped in steps of `block`
+    tokens, so that the prompts of a growing conversation begin alike until the next step.
     """
-    dropped = 0
-    while True:
-        tokens = render(conversation, template, tokenizer).tokens
-        turns = conversation.turns
-        if len(tokens) < room or len(turns) < 3:
-            return tokens, dropped
-        text_only = [i for i in range(0, len(turns) - 2, 2) if not turns[i].slots]
-        oldest = text_only[0] if text_only else 0
-        conversation = replace(conversation, turns=turns[:oldest] + turns[oldest + 2:])
-        dropped += 1
+    turns = conversation.turns
+    rounds = [tuple(turns[i:i + 2]) for i in range(0, len(turns), 2)]
+    lengths = [round_length(pair, template, tokenizer) for pair in rounds]
+    text_only = [i for i in range(len(rounds) - 1) if not rounds[i][0].slots]
+    order = text_only + [i for i in range(len(rounds) - 1) if rounds[i][0].slots]
+    first = render(replace(conversation, turns=rounds[0]), template, tokenizer).tokens
+    excess = len(first) + sum(lengths[1:]) + 1 - room
+    steps = block * math.ceil(excess / block)
+    gone = np.cumsum([0] + [lengths[i] for i in order])  # tokens, by the number of dropped rounds
+    for n in range(len(gone)):
+        enough = steps if n < len(text_only) else excess
+        if gone[n] < enough and n < len(order):
+            continue
+        dropped = set(order[:n])
+        kept = [turn for i, turn in enumerate(turns) if i // 2 not in dropped]
+        tokens = render(replace(conversation, turns=kept), template, tokenizer).tokens
+        if len(tokens) < room:  # what is first now may have a token more than as a later round
+            break
+    return tokens, n
+
+
+@functools.lru_cache(1 << 14)  # a chat asks for its old rounds again in every turn
+def round_length(turns: tuple[Turn, ...], template: str, tokenizer: Tokenizer) -> int:
+    """The number of tokens of a round that is not the first one."""
+    first = [Turn("user", "a"), Turn("assistant", "b")]
+    both = render(Conversation([*first, *turns], system=""), template, tokenizer).tokens
+    return len(both) - len(render(Conversation(first, system=""), template, tokenizer).tokens)
 
 
 def strip_end(text: str, template: str, complete: bool = True) -> tuple[str, bool]:
@@ -759,12 +779,18 @@ def save_conversations(conversations: Iterable[Conversation], path, kind: str = 
 
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):
-    """Writes to PATH.part and renames it when it is complete. Creates the folder."""
-    path = Path(path)
+    """Writes to PATH.part and renames it when it is complete. Creates the folder. A device or a
+    pipe is written to as it is, and a link stays a link."""
+    path, encoding = Path(path), None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with open(path, mode, encoding=encoding) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(part, mode, encoding=encoding) as file:
             yield file
         os.replace(part, path)
     finally:

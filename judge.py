@@ -260,9 +260,11 @@ def read_scores(text: str) -> tuple[float, float] | None:
     """The two scores of a review, 0 to 10 each; None if it has none or contradicts itself.
 
     The general prompt asks for a first line with the two scores and nothing else. Without such a
-    line, scores are read where they have a label or a line of their own.
+    line, scores are read where they have a label or a line of their own. What a reasoning model
+    thinks first is not part of the review.
     """
-    lines = [line.split() for line in re.sub(r"[*_`#>\"]", " ", text.lower()).splitlines()]
+    review = re.split(r"</think\w*>", text.lower())[-1].partition("<think")[0]
+    lines = [line.split() for line in re.sub(r"[*_`#>\"]", " ", review).splitlines()]
     lines = [" ".join(words) for words in lines if words]
     if lines and read_pair(lines[0]):
         found = {read_pair(lines[0]), read_pair(lines[-1])} - {None}
@@ -403,7 +405,10 @@ def rate(cfg: RateConfig) -> dict:
         what = "last answer" if len(q.turns) > 1 else "answer"  # the judge is told the same
         choice = ""
         while choice not in ("1", "2", "t", "q"):
-            choice = input(f"\nBetter {what}? [1 / 2 / t = tie / q = quit] ").strip().lower()
+            try:
+                choice = input(f"\nBetter {what}? [1 / 2 / t = tie / q = quit] ").strip().lower()
+            except EOFError:
+                choice = "q"
         if choice == "q":
             break
         winner = "tie" if choice == "t" else names[sides[int(choice) - 1]]
@@ -416,12 +421,17 @@ def rate(cfg: RateConfig) -> dict:
     return dict(rated=rated)
 
 
-def read_ratings(folder: Path) -> dict[frozenset, dict[str, str]]:
-    """The ids of two answers -> {rater: the better player, or "tie"}, from all files."""
-    ratings: dict[frozenset, dict[str, str]] = {}
+def read_ratings(folder: Path) -> dict[frozenset, dict[str, str | None]]:
+    """The ids of two answers -> {rater: the better one, None for a tie}, from all files."""
+    ratings: dict[frozenset, dict[str, str | None]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for r in data.parse_records(data.read_text(path), path):
-            ratings.setdefault(frozenset(r["answer_ids"]), {})[r["rater"]] = r["winner"]
+            try:
+                better = dict(zip(r["models"], r["answer_ids"]), tie=None)[r["winner"]]
+                ratings.setdefault(frozenset(r["answer_ids"]), {})[r["rater"]] = better
+            except (LookupError, TypeError):
+                why = "the winner must be one of the models, or tie"
+                raise UserError(f"{path}: {r!s:.200} is not a rating: {why}") from None
     return ratings
 
 

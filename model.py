@@ -526,8 +526,8 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_k: 
     """One token per row of logits (B, V). seen (B, V) marks the tokens of prompt and output."""
     if repetition_penalty != 1.0:  # CTRL's (1909.05858); dividing would raise a negative logit
         lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, lower, logits)
-    if temperature == 0:
+        logits = torch.where(seen, lower.clamp(-1e9, 1e9), logits)
+    if temperature < 1e-6:  # below, logits / temperature may overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:

@@ -10,11 +10,13 @@
 In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
 an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
 long as the model's training rows. When it is full, the oldest rounds are dropped (those with a
-picture last). That changes the prefix, so most of the prompt is processed again.
+picture last). That changes the prefix, so what is left is processed again; half a context is
+dropped at once, so that it happens rarely.
 """
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -92,7 +94,8 @@ class Chat:
         for the reply: max_new_tokens, but at most a quarter of the window."""
         room = self.window - min(self.cfg.max_new_tokens, self.window // 4)
         conversation = data.Conversation(self.turns, system=self.system)
-        tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room)
+        tokens, dropped = data.fit_prompt(conversation, self.template, self.tokenizer, room,
+                                          block=room // 2)
         if dropped:
             rounds = "1 earlier round" if dropped == 1 else f"{dropped} earlier rounds"
             self.notices.append(f"the context of {self.window} tokens is full: the model no longer "
@@ -258,11 +261,14 @@ class Chat:
         conversation = data.load_conversations(path)[0]
         turns, pictures = conversation.turns, []
         try:
-            for n, image in conversation.extra.get("images", []):
-                pictures.append(self.open_picture(image))
-                turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
-        except (ValueError, TypeError, IndexError):
+            images = dict(conversation.extra.get("images") or [])
+            if not all(type(n) is int and 0 <= n < len(turns) // 2 for n in images):
+                raise ValueError("no such round")
+        except (ValueError, TypeError):
             raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
+        for n in sorted(images):
+            pictures.append(self.open_picture(images[n]))
+            turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
         self.turns, self.system = turns, conversation.system
         self.pictures, self.pending = pictures, None
 
@@ -321,7 +327,7 @@ def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
 def command(chat: Chat, line: str) -> None:
     """Runs a slash command."""
     word, *arguments = line.split(maxsplit=1)
-    rest = "".join(arguments)
+    rest = os.path.expanduser("".join(arguments))
     if word == "/reset":
         chat.reset()
         print("(chat cleared)")
@@ -367,8 +373,6 @@ def main(cfg: SampleConfig) -> dict:
         print_answer(chat, chat.answer(cfg.prompt))
         return dict(rounds=1, speed=chat.speed)
     interactive = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray Latin-1 byte should not end the chat
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() arrow keys and history

@@ -275,6 +275,7 @@ def clean(conversations: Iterable[Conversation], cfg: CleanConfig,
 
 
 def clean_file(cfg: CleanConfig) -> dict:
+    """Turns the HTML of replies into Markdown, and drops what Vicuna dropped."""
     refuse_overwrite(cfg.file, cfg.out)
     report = Report()
     conversations = data.load_conversations(cfg.file, report)
@@ -356,6 +357,7 @@ def drop_tokens(turn: Turn, n: int, tokenizer: Tokenizer) -> Turn:
 
 
 def split_file(cfg: SplitConfig) -> dict:
+    """Cuts long conversations, between rounds, into parts that fit the context."""
     refuse_overwrite(cfg.file, cfg.out)
     report, pieces = Report(), []
     tokenizer, kind = data.find_tokenizer(cfg.tokenizer), data.kind_of(cfg.file)

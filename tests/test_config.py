@@ -4,11 +4,12 @@ imports what it must not."""
 import ast
 import dataclasses
 import graphlib
+import io
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -42,12 +43,15 @@ def parse(*argv: str, cls=Demo):
     ("--rate=3e-4 --steps -5", Demo(rate=3e-4, steps=-5)),
     ("--out-dir=a-b_c", Demo(out_dir="a-b_c")),
     ("--out_dir=--x=y", Demo(out_dir="--x=y")),
+    # the shell leaves ~ alone after "="
+    ("--out_dir=~/a,b~,~/c", Demo(out_dir="/home/me/a,b~,/home/me/c")),
     ("--fused", Demo(fused=True)),
     ("--fused=false", Demo(fused=False)),
     ("--dtype=bfloat16", Demo(dtype="bfloat16")),
     ("--steps=9 small", Demo(rate=0.5, steps=9))])
-def test_understood(line, expected):
+def test_understood(line, expected, monkeypatch):
     """bool("False") is True, so a flag could not be switched off; and a value may contain "="."""
+    monkeypatch.setenv("HOME", "/home/me")
     assert repr(parse(*line.split())) == repr(expected)  # 5 == 5.0, but they are not the same
 
 
@@ -56,6 +60,9 @@ def test_understood(line, expected):
     # no abbreviations: they change their meaning when an option is added
     ("--ste=5", "unknown option --ste=5"),
     ("--steps=1e3", "--steps=1e3: expected int"),
+    # torch's and numpy's integers end there
+    ("--steps=99999999999999999999", "expected at most 18 digits"),
+    ("--out_dir=caf\udce9", "'--out_dir=caf\\udce9' is not UTF-8"),
     ("--rate=nan", "--rate=nan: expected a finite number"),
     ("--fused=maybe", "--fused=maybe: expected true or false"),
     ("--dtype=bfloat61", "did you mean bfloat16?"),
@@ -77,6 +84,8 @@ def test_help_is_made_of_the_comments(cls, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(cls):
         assert field.name in text and config.comments(cls)[field.name] in text
+        if get_origin(field.type) is Literal:
+            assert f"--{field.name} {{{','.join(get_args(field.type))}}}" in text
         if field.default is not dataclasses.MISSING:
             assert f"(default: {field.default})" in text
 
@@ -152,6 +161,26 @@ def test_run_with_commands(monkeypatch):
     for typed, message in (("demo.py raed", "did you mean read?"),
                            ("demo.py read", "demo.py read: the following arguments")):
         assert message in run_and_leave(monkeypatch, typed, cls=commands)
+
+
+def test_help_of_a_script_with_commands(monkeypatch, capsys):
+    """-h was a missing command, and what the commands do could be read in the code alone."""
+    def read(cfg):
+        """Reads a file. It may be long."""
+
+    for typed in ("demo.py -h", "demo.py --help"):
+        assert run_and_leave(monkeypatch, typed, cls={"read": (read, Reader)}) == 0
+        assert "\n  read      Reads a file. It may be long.\n" in capsys.readouterr().out
+
+
+def test_any_console(monkeypatch):
+    """In another locale, the first character beyond it ended the program with a traceback."""
+    out, typed = io.BytesIO(), io.BytesIO("a é".encode("latin-1"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii", write_through=True))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8"))
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    config.run(lambda cfg: print("안녕", sys.stdin.read().startswith("a")), Demo)
+    assert out.getvalue() == b"?? True\n"
 
 
 # -- who imports whom -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -291,3 +292,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         out.write("half")
         out.write(1 / 0)
     assert file.read_bytes() == "한국".encode() and list(file.parent.iterdir()) == [file]
+
+
+def test_a_device_is_not_replaced_and_a_link_stays(tmp_path):
+    """--out=/dev/null, as root, made a plain file of the machine's /dev/null. A link to a file on
+    a larger disk became a file on the small one."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "disk" / "a.json"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link, link):
+        with data.atomic_write(path) as out:
+            out.write("한국")
+    assert os.read(reader, 99) == target.read_bytes() == "한국".encode()
+    os.close(reader)
+    assert pipe.is_fifo() and link.is_symlink()
+    assert [file.name for file in target.parent.iterdir()] == ["a.json"]

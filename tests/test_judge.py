@@ -1,6 +1,7 @@
 """Tests of judge.py: questions, answers, reading scores, reviews, figures, people, the report."""
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import judge
 from test_teacher import KEY, fake  # noqa: F401  (fake is a fixture)
 from tools import teacher
 from tools.config import UserError
-from tools.report import agreement
+from tools.report import agreement, compare, print_report
 
 ROOT = Path(judge.__file__).parent
 MICRO = ROOT / "tests" / "micro"
@@ -48,6 +49,8 @@ READABLE = {
     "\n\n9/10, 8 / 10": (9, 8),
     "**Scores: 9 8**": (9, 8),
     "9 8.75\nBoth": (9, 8.75),
+    "<think>\n7 6? No.\n</think>\n\n9 8\nBoth": (9, 8),
+    "<thinking>Scores: 1 2</thinking> <think></think>Assistant 1: 9\nAssistant 2: 8": (9, 8),
     "0 10\nThe first point is (10, 4), not 3 of 5.": (0, 10),
     "Both are good.\n\n9 8": (9, 8),
     "First I solve it.\n```python\n(9, 8)\n```\nWhy: ...": (9, 8),
@@ -67,7 +70,7 @@ UNREADABLE = [
     "The lines meet in (10, 4).\n\n(10, 4)",
     "The output of the program is (3, 4).",
     "Assistant 1: 5 * 8 - 4 = 36\nAssistant 2: 40 - 4 = 36",
-    "9 8\nThey are good.\n7 6",
+    "9 8\nThey are good.\n7 6", "<think>\n9 8\n", "<think>9 8</think>",
     "Assistant 1: 9\nAssistant 2: 8\n\nOn reflection:\nAssistant 1: 7\nAssistant 2: 8",
     "Scores: (9, 8)\n\nOutput: (8, 9)", "[[8/10]]", "Year 2023: 9 of 10 say 8 is enough.",
 ]
@@ -380,6 +383,18 @@ def test_a_question_that_is_readable_in_one_order_only_is_left_out(tmp_path):
     assert (pair["totals"], pair["ties"], pair["left_out"]) == ([8, 7.5], 1, [2, 3])
 
 
+def test_reviews_of_unknown_questions_are_not_totaled(capsys):
+    """Of another version of the questions, say. They were a category of their own."""
+    ids = ("x", "y")
+    order = {1: judge.Review((9, 8), "", ids), 99: judge.Review((1, 10), "", ids)}
+    swapped = {1: judge.Review((8, 9), "", ids), "1": judge.Review((1, 10), "", ids)}
+    figures = compare("a", "b", [order, swapped], {1: "generic", 2: "math"}, {}, {})
+    assert figures["totals"] == [9, 8] and list(figures["categories"]) == ["generic"]
+    assert figures["left_out"] == [2]
+    print_report(dict(pairs=[figures], findings=[]))
+    assert "a : b: reviews of unknown questions are not counted: 1, 99" in capsys.readouterr().out
+
+
 # -- people ---------------------------------------------------------------------------------------
 
 def test_people_rate_blind_and_their_agreement_is_counted(tmp_path, capsys, monkeypatch):
@@ -414,6 +429,31 @@ def test_people_rate_blind_and_their_agreement_is_counted(tmp_path, capsys, monk
     # the judge knows the truth, and so does anna
     assert b["people"]["all"] == pytest.approx((80 + same) / 120)
     assert "Agreement of judge and people: " in capsys.readouterr().out
+
+
+def test_a_rating_of_unknown_words_is_refused(tmp_path):
+    """It was counted as a tie; one without a rater ended the report with a traceback."""
+    good = dict(models=["a", "b"], answer_ids=["x", "y"], winner="b", rater="anna")
+    tie = dict(good, answer_ids=["z", "y"], winner="tie")
+    write(tmp_path / "anna.jsonl", [good, tie])
+    assert judge.read_ratings(tmp_path) == {
+        frozenset("xy"): {"anna": "y"}, frozenset("zy"): {"anna": None}}
+    bad = [dict(good, winner=word) for word in ("both", "B", "", None, 1, ["a"], "model_a")]
+    bad += [{k: v for k, v in good.items() if k != key} for key in good]
+    for rating in [*bad, 5, "b", dict(good, answer_ids=None), dict(good, rater=[])]:
+        write(tmp_path / "anna.jsonl", [good, rating])
+        with pytest.raises(UserError, match="anna.jsonl.* is not a rating") as error:
+            judge.read_ratings(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_ctrl_d_ends_a_rating(tmp_path, monkeypatch, capsys):
+    answers = [dict(question_id=q.id, text=None, choices=[dict(turns=q.turns)]) for q in QUESTIONS]
+    write(tmp_path / "question.jsonl", [dict(question_id=q.id, turns=q.turns) for q in QUESTIONS])
+    for name in "ab":
+        write(tmp_path / "answer" / f"answer_{name}.jsonl", answers)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
+    assert judge.rate(judge.RateConfig("a", "b", str(tmp_path), "anna")) == dict(rated=1)
 
 
 def test_agreement_with_and_without_ties():

@@ -376,6 +376,18 @@ def test_sample(options, inside):
     assert not got[inside:].any(), "drawn from outside"
 
 
+@pytest.mark.parametrize("options", [
+    dict(temperature=1e-38), dict(temperature=1e-6), dict(repetition_penalty=1e38),
+    dict(repetition_penalty=1e-38), dict(top_p=1e-300), dict(top_k=10 ** 30)], ids=str)
+def test_options_near_zero_draw_the_likeliest_word(options):
+    """Divided by 1e-38, logits are infinite: a traceback of torch.multinomial."""
+    given = {**dict(temperature=0.7, top_k=1, top_p=1.0, repetition_penalty=1.0), **options}
+    logits, seen = torch.tensor([[-1.0, 5.0, 20.0, 3.0]]), torch.zeros(1, 4, dtype=torch.bool)
+    seen[0, 2] = options.get("repetition_penalty", 1) < 1
+    drawn = model.sample(logits, seen, generator=torch.Generator().manual_seed(1), **given)
+    assert drawn.tolist() == [2]
+
+
 def test_same_seed_same_words():
     m, prompt = tiny(), [1, 5, 9]
     first = say(m, prompt, 12, temperature=1.0, seed=1)

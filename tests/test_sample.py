@@ -12,7 +12,7 @@ import torch
 import data
 import model
 import sample
-from tools import checkpoint
+from tools import checkpoint, config
 from tools.config import UserError
 
 WORDS = "cat dog red house tree river stone bird cloud lamp green moon".split()
@@ -157,10 +157,10 @@ def test_save_and_load(chat, tmp_path, capsys):
 
 # -- the window -----------------------------------------------------------------------------------
 
-def small_chat(tokenizer, max_new_tokens: int = 12):
+def small_chat(tokenizer, max_new_tokens: int = 12, window: int = 64):
     """The context of the model is longer than 64 tokens, but it was trained on 64."""
     cfg = sample.SampleConfig(max_new_tokens=max_new_tokens)
-    chat = sample.Chat(talker(tokenizer), tokenizer, "vicuna_v1.1", cfg, window=64)
+    chat = sample.Chat(talker(tokenizer), tokenizer, "vicuna_v1.1", cfg, window)
     chat.system = ""
     return chat
 
@@ -172,7 +172,34 @@ def test_old_rounds_leave_the_window(tokenizer):
         (reply,) = ask(chat, f"{WORDS[n]} and stone")
         assert len(chat.turns) == 2 * n + 2 and reply == answered_afresh(chat)
         assert not any("cut, because" in notice for notice in chat.notices)
-    assert "no longer sees 5 earlier rounds" in chat.notices[0]
+    assert "no longer sees 6 earlier rounds" in chat.notices[0]
+
+
+def test_a_long_chat_costs_per_turn_what_the_turn_costs(tokenizer, monkeypatch):
+    """Each turn dropped one round more, so that the whole prompt was read again; and to find out
+    how many, the chat was rendered once for each dropped round: 0.7 s in the 300th turn."""
+    chat = small_chat(tokenizer, max_new_tokens=4, window=128)
+    encoded, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda *args: encoded.append(1) or encode(*args))
+    read, forward = [], chat.net.forward
+
+    def compare_with_uncached(tokens, *args, **kwargs):
+        logits = forward(tokens, *args, **kwargs)
+        if tokens.shape[1] > 1:  # a prompt, or what was new in it
+            read.append(tokens.shape[1])
+            whole = torch.tensor([chat.prompt()])
+            torch.testing.assert_close(logits[:, -1], forward(whole)[:, -1], rtol=0, atol=1e-4)
+        return logits
+
+    monkeypatch.setattr(chat.net, "forward", compare_with_uncached)
+    for n in range(120):
+        ask(chat, f"{WORDS[n % 12]} and stone")
+    said = data.render(data.Conversation(chat.turns, system=""), chat.template, tokenizer).tokens
+    assert len(said) > 8 * 128, "this test cannot fail"
+    assert sum(read) < 3 * len(said) and sorted(read)[len(read) // 2] < 30
+    encoded.clear()
+    ask(chat, "moon")
+    assert len(encoded) < 100, "the whole chat was rendered"
 
 
 def test_an_answer_that_is_cut_says_so(tokenizer, capsys):
@@ -267,7 +294,8 @@ def test_reading_a_pipe(folder, capsys, monkeypatch):
              "/undoo", "stone", "caf\xe9"]
     stdin = io.BytesIO("\n".join(lines).encode("latin-1"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
-    assert main(folder)["rounds"] == 3
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={folder}", "--max_new_tokens=12"])
+    config.run(sample.main, sample.SampleConfig)
     out, err = capsys.readouterr()
     first, second, _, unknown, third, _ = out.splitlines()
     assert [first, second] == reply(folder, "cat", "dog")

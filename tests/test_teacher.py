@@ -1,5 +1,6 @@
 """Tests of tools/teacher.py: a fake server that fails in every way, checkpoints, the oracle."""
 
+import contextlib
 import json
 import os
 import re
@@ -40,8 +41,8 @@ class FakeServer(ThreadingHTTPServer):
     """Speaks OpenAI's chat format, on this machine.
 
     `script` says what to do with the next requests: (status, message[, headers]), ("text", body),
-    ("half",), ("sleep", seconds), None for a good reply, or a function from the request to one of
-    these. All requests after that get a good reply.
+    ("half",), ("sleep", seconds), ("endless", head, bytes, seconds), None for a good reply, or a
+    function from the request to one of these. All requests after that get a good reply.
     """
 
     def __init__(self):
@@ -69,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         if callable(action):
             action = action(body)
         kind, *details = action or ("sleep", fake.delay)
+        if kind == "endless":
+            return self.send_endlessly(*details)
         status, text, headers = 200, fake.good_reply(body), {}
         if kind == "sleep":
             time.sleep(details[0])
@@ -87,6 +90,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write((text[:20] if kind == "half" else text).encode())
         except (BrokenPipeError, ConnectionResetError):  # the client did not wait
             pass
+
+    def send_endlessly(self, head: bytes, chunk: bytes, pause: float) -> None:
+        with contextlib.suppress(OSError):  # the client does not wait
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: " + head)
+            for _ in range(10 ** 6):
+                self.wfile.write(chunk)
+                time.sleep(pause)
 
     def log_message(self, *_):
         pass
@@ -158,6 +168,100 @@ def test_bad_replies_do_not_stop_the_others(fake):
     assert [reply and reply.text for reply in replies] == [
         None, "echo: b", None, "echo: d", None, "echo: f"]
     assert ask.why.startswith("gpt-4@127.0.0.1:")
+
+
+REPLY = '{"choices": [{"message": {"content": %s}, "finish_reason": "stop"}], "usage": %s}'
+
+
+@pytest.mark.parametrize("text, said", [
+    (REPLY % (r'"half \ud83d, whole \ud83d\ude42"', "{}"), "half ?, whole 🙂"),
+    (REPLY % ('"a"', '{"prompt_tokens": 1e999, "completion_tokens": "7"}'), "a"),
+    (REPLY % ('"a"', '{"prompt_tokens": null, "completion_tokens": -1e400}'), "a"),
+    (REPLY % ('"a"', "[3]"), "a"),
+    (REPLY % ('"a"', '"many"'), "a"),
+    (REPLY % ('["a"]', "null"), None),
+    (REPLY % ("5", "null"), None),
+    (REPLY % ('"a"', "9" * 5000), None),
+    ("[" * 100_000, None), ('{"choices":' * 100_000, None), ("", None), ("null", None),
+    ('{"choices": {"0": 1}}', None), ('{"error": "\\ud800"}', None), ("\0", None),
+], ids=lambda text: str(text)[:30])
+def test_whatever_a_server_sends(fake, tmp_path, text, said):
+    """A reply or one line. What was paid for is in the file, and the next run can read it: a lone
+    surrogate could not be written, a count of `null` or 1e999 not be added up."""
+    fake.script = [("text", text)]
+    cache, ask = teacher.ReplyCache(tmp_path / "replies.jsonl"), client(fake)
+    (reply,) = cache.ask(ask, asking("hello"), [], "test")
+    assert (reply and reply.text) == said
+    assert said or ask.why.startswith(ask.name) and "\n" not in ask.why
+    again = teacher.ReplyCache(tmp_path / "replies.jsonl").ask(ask, asking("hello"), [], "test")
+    assert again == [reply] if reply else again[0].text == "echo: hello"
+
+
+@pytest.mark.parametrize("chunk, pause", [(b" ", 0.05), (b"[" * 1_000_000, 0)],
+                         ids=["a byte now and then", "without end"])
+def test_an_answer_that_does_not_end(fake, chunk, pause):
+    """The library's timeout starts anew with every byte, and it keeps all of them in memory."""
+    head, start = b"application/json\r\n\r\n", time.monotonic()
+    fake.script = [("endless", head, chunk, pause)] * 2
+    assert client(fake, timeout=0.4, retries=1)(asking("a", "b"))[1] is not None
+    assert client(fake, timeout=0.4, retries=2)(asking("a"))[0].text == "echo: a"
+    assert time.monotonic() - start < 8
+
+
+def test_headers_that_do_not_end(fake):
+    """The library offers no hook before they are complete."""
+    fake.script = [("endless", b"", b"x", 0.02)]
+    ask = client(fake, timeout=0.2, retries=0, workers=1)
+    assert ask(asking("a", "b")) == [None, None] and ask.why.endswith("no answer in time")
+
+
+@pytest.mark.parametrize("known, limit", [("max_completion_tokens", 16), ("", None)])
+def test_a_setting_that_the_server_refuses_is_left_out(fake, known, limit, capsys):
+    """Reasoning models know max_completion_tokens alone, and no temperature."""
+    def refuse(body):
+        unknown = [key for key in body if key not in ("model", "messages", known)]
+        fake.script.append(refuse)
+        return (400, f"Unsupported parameter: '{unknown[0]}'") if unknown else None
+
+    fake.script = [refuse]
+    replies = client(fake)(asking(*"abcdefgh"))
+    assert [reply.text[-1] for reply in replies] == [*"abcdefgh"]
+    assert fake.answered[-1].get("max_completion_tokens") == limit
+    assert "temperature" not in fake.answered[-1]
+    assert "refuses temperature=0.0" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_too_long_is_no_refused_setting(fake):
+    fake.script = [(400, "'max_tokens' is too large: 16. The maximum context length is 8 tokens")]
+    ask = client(fake)
+    assert ask(asking("a")) == [None] and "too large" in ask.why and len(fake.requests) == 1
+
+
+def test_the_key_is_cut_out_before_the_message_is_shortened(fake):
+    """Else its first half stands at the end."""
+    for n in range(440, 505, 5):
+        fake.script = [(400, "\x1b[31m\n" + "x" * n + KEY + "y" * 99)]
+        ask = client(fake)
+        ask(asking("a"))
+        assert "sk-very" not in ask.why and len(ask.why) < 540 and ask.why.isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-two\nlines-0123456", "sk-two words-0123", "schlüssel-012345"])
+def test_a_key_that_no_header_can_hold_is_not_quoted(fake, monkeypatch, key):
+    """The library printed it: illegal header value b'Bearer sk-...'."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+        client(fake)
+    assert key[:6] not in str(error.value)
+
+
+def test_replies_of_another_time_are_skipped(tmp_path):
+    """A line that this version cannot use costs nothing but itself."""
+    good = dict(key="a", text="Hi.", ended=True)
+    lines = ["{", "null", "5", "[]", "{}", '{"key": []}', json.dumps(dict(good, key="b", x=1)),
+             "[" * 100_000, json.dumps(good), '{"key": "c", "te']
+    (tmp_path / "r.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert teacher.ReplyCache(tmp_path / "r.jsonl").replies == {"a": teacher.Reply("Hi.", True)}
 
 
 def test_ctrl_c_keeps_open_requests(fake):

@@ -588,6 +588,28 @@ def test_pictures_in_a_chat(micro, red_and_blue, tmp_path):
     assert loaded.turns == chat.turns[:2] + chat.turns[4:] and len(loaded.pictures) == 2
 
 
+def test_a_file_with_other_images_changes_nothing(micro, red_and_blue, tmp_path):
+    """Other programs write other things there. A round -1 was the last one, and two pictures of one
+    round shifted those of the rounds after it. `null` means that there are none."""
+    (red, blue), file = red_and_blue, tmp_path / "other.json"
+    chat = open_chat(micro)
+    say(chat, "What is it?", red)
+    chat.show_image(blue)
+    before = list(chat.turns), list(chat.pictures), chat.pending
+    said = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    for images in ([red], red, 5, True, [[-1, red]], [[1, red]], [[0.0, red]], [["0", red]],
+                   [[0, None]], [[0, 5]], [[0, "no.png"]], [[0, red, blue]], {"0": red}):
+        file.write_text(json.dumps([dict(conversations=said, images=images)]), encoding="utf-8")
+        with pytest.raises((config.UserError, OSError)):
+            sample.command(chat, f"/load {file}")
+        assert (chat.turns, chat.pictures, chat.pending) == before, images
+    for images, n in ((None, 0), ([], 0), ([[0, blue], [0, red]], 1)):
+        file.write_text(json.dumps([dict(conversations=said, images=images)]), encoding="utf-8")
+        chat.load(str(file))
+        assert [turn.text for turn in chat.turns] == ["Who?", "Me."] and len(chat.pictures) == n
+        say(chat, "And now?")
+
+
 def test_another_picture_in_the_same_place_is_looked_at(micro, red_and_blue):
     """Their slots look alike in the token ids. The cache once took the new picture for the old."""
     red, blue = red_and_blue

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -105,6 +106,8 @@ def parse_value(name: str, kind: Any, text: str):
         if text.lower() not in BOOLEANS:
             raise UserError(f"--{name}={text}: expected true or false")
         return BOOLEANS[text.lower()]
+    if kind is str:  # the shell expands ~ only where a word begins
+        return ",".join(os.path.expanduser(part) for part in text.split(","))
     try:
         value = kind(text)
     except ValueError:
@@ -113,6 +116,8 @@ def parse_value(name: str, kind: Any, text: str):
         raise UserError(f"--{name}={text}: {expected}") from None
     if kind is float and not math.isfinite(value):
         raise UserError(f"--{name}={text}: expected a finite number")
+    if kind is int and abs(value) >= 2 ** 63:
+        raise UserError(f"--{name}={text}: expected at most 18 digits")
     return value
 
 
@@ -125,16 +130,17 @@ def make_parser(cls: type, presets: Iterable[str], prog: str | None) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
         note = notes.get(field.name, "").replace("%", "%%")
+        parse = functools.partial(parse_value, field.name, field.type)
         if field.default is dataclasses.MISSING:
-            parser.add_argument(field.name, help=note)
+            parser.add_argument(field.name, type=parse, help=note)
             continue
         flag = dict(nargs="?", const=True) if field.type is bool else {}
         kind = getattr(field.type, "__name__", "").upper()
         if get_origin(field.type) is Literal:
-            kind = "|".join(choice for choice in get_args(field.type) if choice)
+            kind = "{" + ",".join(choice for choice in get_args(field.type) if choice) + "}"
         parser.add_argument(
-            "--" + field.name, type=functools.partial(parse_value, field.name, field.type),
-            action=_Once, **flag, metavar=kind, help=f"{note} (default: {field.default})")
+            "--" + field.name, type=parse, action=_Once, **flag, metavar=kind,
+            help=f"{note} (default: {field.default})")
     if presets:
         names = ", ".join(presets)
         parser.add_argument("preset_", metavar="preset", nargs="?", help=f"one of: {names}")
@@ -145,6 +151,9 @@ def from_cli(cls: type, argv: list[str], presets: dict | None = None, prog: str 
     """Builds `cls` from `[preset] --key=value ...`. Raises UserError for what it does not know."""
     presets = presets or {}
     parser = make_parser(cls, presets, prog)
+    for word in argv:
+        if re.search("[\ud800-\udfff]", word):  # Python's stand-ins for bytes it could not decode
+            raise UserError(f"{word!r} is not UTF-8")
     # --batch-size means --batch_size
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     namespace, unknown = parser.parse_known_args(argv)
@@ -179,8 +188,12 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
     arguments. The command "" is the default one."""
     word = argv[0] if argv and not argv[0].startswith("-") else ""
     named = ", ".join(name for name in commands if name)
-    if argv[:1] == ["--help"]:
-        print(f"commands: {named}; `{script} COMMAND --help` lists the options of one\n")
+    if not word and {"-h", "--help"} & set(argv):
+        print(f"commands (`{script} COMMAND --help` lists the options of one):")
+        for name in filter(None, commands):
+            what = inspect.getdoc(commands[name][0]) or ""
+            print(f"  {name:<9} {textwrap.shorten(what, 80, placeholder=' ...')}")
+        print()
         if "" not in commands:
             print(sys.modules["__main__"].__doc__)
             sys.exit(0)
@@ -214,6 +227,10 @@ def run(main: Callable | None, cls, presets: dict | None = None) -> None:
     is None.
     """
     script, argv = program_name(), sys.argv[1:]
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None if it was closed
+    for stream in (sys.stdin, sys.stdout):  # stderr replaces by default
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         if isinstance(cls, dict):
             main, cls, script, argv = choose_command(script, cls, argv)

@@ -59,23 +59,26 @@ def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
 
     With both orders, a win must hold in both, and anything else is a tie (2306.05685); scores are
     averaged. A question without a readable review in each order is left out: one order alone would
-    bring back position bias.
+    bring back position bias. So are reviews of questions that are not in `categories`.
     """
     rows, left_out = [], []
-    for i in dict.fromkeys([*orders[0], *categories]):
+    unknown = {i for order in orders for i in order if i not in categories}
+    for i in categories:
         reviews = [order[i] for order in orders if i in order]
         if len(reviews) < len(orders):
             left_out.append(i)
             continue
         people = ratings.get(frozenset(reviews[0].answers), {})
-        people = {rater: {a: -1, b: 1}.get(better, 0) for rater, better in people.items()}
-        rows.append(dict(id=i, category=categories.get(i, "unknown"), people=people,
+        votes = {None: 0, reviews[0].answers[0]: -1, reviews[0].answers[1]: 1}
+        people = {rater: votes[better] for rater, better in people.items()}
+        rows.append(dict(id=i, category=categories[i], people=people,
                          **outcome(reviews), **about_answers(reviews[0], answers)))
     by_category = {c: totals([r for r in rows if r["category"] == c])
                    for c in dict.fromkeys(r["category"] for r in rows)}
     verdicts = Counter(r["verdict"] for r in rows)
     preferred = ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0)
     return dict(totals(rows), a=a, b=b, title=f"{a} : {b}", left_out=left_out, rows=rows,
+                unknown=sorted(unknown, key=str),
                 wins=verdicts[1], ties=verdicts[0], losses=verdicts[-1], preferred=preferred,
                 categories=by_category)
 
@@ -194,6 +197,9 @@ def print_report(figures: dict) -> None:
         if p["left_out"]:
             print(f"{p['title']}: left out question {listing(p['left_out'])}: no readable scores. "
                   'Add them to the review file, as in "score": [9, 8]')
+        if p["unknown"]:
+            print(f"{p['title']}: reviews of unknown questions are not counted: "
+                  f"{listing(p['unknown'])}")
     print("\n".join(figures["findings"]))
 
 

@@ -16,7 +16,9 @@ import json
 import os
 import random
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -136,11 +138,23 @@ def print_tokens(label: str, replies: list[Reply]) -> None:
 
 # -- a server -------------------------------------------------------------------------------------
 
+MAX_BYTES = 16 << 20  # the longest answer that is read
+# What servers say about a setting that they do not have.
+REFUSED = re.compile("n.t support|unsupported|unknown|unrecogni|unexpected|permitted|allowed", re.I)
+
+
+def count(usage, name: str) -> int:
+    """A server's count of tokens; 0 if that is no such number."""
+    n = getattr(usage, name, 0)
+    return n if type(n) is int and 0 <= n < 1e9 else 0
+
+
 class Server:
     """A server with OpenAI's /chat/completions, called from several threads.
 
     The openai library retries after rate limits (honoring Retry-After), server errors, timeouts and
-    broken connections. Three failed requests in a row raise UserError.
+    broken connections. A setting that the server refuses is left out. Three failed requests in a
+    row raise UserError.
     """
 
     def __init__(self, spec: str, temperature: float, max_new_tokens: int, workers: int = 4,
@@ -155,8 +169,12 @@ class Server:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self.key and host not in ("localhost", "127.0.0.1", "::1"):
             raise UserError(f"{self.name} needs a key in the environment variable OPENAI_API_KEY")
+        if not re.fullmatch("[!-~]*", self.key):  # the library would quote it
+            raise UserError("OPENAI_API_KEY holds a space or a character that no key has")
+        self.timeout = timeout  # of one attempt, in seconds
+        http = openai.DefaultHttpxClient(event_hooks=dict(response=[self.read_body]))
         self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
-                                    max_retries=retries)
+                                    max_retries=retries, http_client=http)
         self.settings = dict(model=model, temperature=temperature, max_tokens=max_new_tokens)
         self.workers, self.why = workers, ""
 
@@ -197,20 +215,58 @@ class Server:
         for turn in conversation.turns:
             text = f"{turn.text}\n{turn.input}" if turn.input else turn.text
             messages.append(dict(role=turn.role, content=text))
+        # A last resort, which ends all requests: the library waits for headers without end.
+        watch = threading.Timer(self.timeout * (self.client.max_retries + 2), self.client.close)
+        watch.start()
         try:
-            answer = self.client.chat.completions.create(messages=messages, **self.settings)
+            answer = self.complete(messages)
             text = (answer.choices[0].message.content or "").strip()
+            text = text.encode("utf-8", "replace").decode()  # without lone surrogates
             ended = answer.choices[0].finish_reason in ("stop", None)
-            usage = answer.usage
-            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-            return Reply(self.without_key(text), ended, *tokens)
+            read = count(answer.usage, "prompt_tokens")
+            written = count(answer.usage, "completion_tokens")
+            return Reply(self.without_key(text), ended, read, written)
         except openai.OpenAIError as error:
             why = f"{error} {error.__cause__ or ''}"
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except Exception:  # a server may send anything
             why = "the answer is not in OpenAI's format"
-        why = " ".join(why.split())[:500]
-        self.why = f"{self.name}: {self.without_key(why)}"
+        finally:
+            watch.cancel()
+        if self.client.is_closed():
+            why = "no answer in time"
+        why = re.sub(r"[\s\x00-\x1f\x7f]+", " ", self.without_key(why)).strip()[:500]
+        self.why = f"{self.name}: {why}"
         return None
+
+    def complete(self, messages: list[dict]):
+        """The library's answer, without the settings that the server refuses."""
+        import openai
+        while True:
+            sent = dict(self.settings)  # another thread may change them
+            try:
+                return self.client.chat.completions.create(messages=messages, **sent)
+            except openai.APIStatusError as error:
+                about = str(error.param or error)
+                named = [name for name in sent if name != "model" and name in about]
+                if error.status_code >= 500 or not named or not REFUSED.search(str(error)):
+                    raise
+            value = sent.pop(named[0])
+            if named[0] == "max_tokens":
+                sent["max_completion_tokens"] = value  # reasoning models know only this name
+            if named[0] in self.settings:
+                self.settings = sent
+                tqdm.write(f"{self.name} refuses {named[0]}={value}")
+
+    def read_body(self, response) -> None:
+        """Reads an answer. The library's timeout starts anew with every byte; this one does not."""
+        http = sys.modules[type(response).__module__.partition(".")[0]]  # httpx; httpx2 in openai 3
+        deadline, body = time.monotonic() + self.timeout, bytearray()
+        for chunk in response.stream:
+            body += chunk
+            if time.monotonic() > deadline or len(body) > MAX_BYTES:
+                raise http.ReadTimeout("the answer does not end")
+        response.stream.close()
+        response.stream = http.ByteStream(bytes(body))
 
     def without_key(self, text: str) -> str:
         """A server may quote the key. A dummy one, such as EMPTY, may be a word of the text."""
