@@ -262,8 +262,9 @@ class Chat:
         turns, pictures = conversation.turns, []
         try:
             images = dict(conversation.extra.get("images") or [])
-            if not all(type(n) is int and 0 <= n < len(turns) // 2 for n in images):
-                raise ValueError("no such round")
+            for n, image in images.items():
+                if type(n) is not int or not 0 <= n < len(turns) // 2 or type(image) is not str:
+                    raise ValueError("no such round, or no file")
         except (ValueError, TypeError):
             raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
         for n in sorted(images):
