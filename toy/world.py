@@ -211,11 +211,19 @@ def tell_in_sentences(scene: Scene, rng: random.Random) -> str:
 
 
 ALT_OPENINGS = ("{}", "{}", "there is {}", "I see {}", "the picture shows {}", "photo of {}")
+REMARKS = ("{o.shape} is {o.color}", "{o.shape} is {o.size}", "{o.shape} is {o.at}",
+           "{o.color} thing is a {o.shape}", "{o.at} is a {o.shape}")
 
 
 def alt_text(scene: Scene, rng: random.Random, noise: float = 0.1) -> str:
-    """Alt-text as on the web: short, without a full stop. With `noise` it is sometimes incomplete,
-    wrong, or truncated."""
+    """Alt-text as on the web: short, without a full stop. Some list what is there, others make one
+    remark, from which a projection learns to be asked about one thing. With `noise` it is sometimes
+    incomplete, wrong, or truncated."""
+    if rng.random() < 0.4:
+        o = rng.choice(scene)
+        if rng.random() < noise:
+            o = wrong_object(o, rng)
+        return rng.choice(REMARKS).format(o=o)
     things = []
     for o in rng.sample(scene, len(scene)):
         if things and rng.random() < noise:  # leaves an object out
@@ -853,15 +861,15 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
 
 def conversation(rng: random.Random) -> dict:
     """A ShareGPT record: a few rounds with full answers. One in five talks about something else for
-    long before it comes back to the scene. In another fifth, the user sends symbols without a
+    long before it comes back to the scene. In one in four, the user sends symbols without a
     question and gets alt-text back, as in the first stage of MiniGPT-4's training."""
     style = rng.random()
-    if style < 0.2:
+    if style < 0.25:
         scene = pick_scene(rng)
         reply = alt_text(scene, rng, noise=0).lower()
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
-        if style < 0.4:
+        if style < 0.45:
             item = converse(rng, rounds=2, pause=rng.randint(1, MAX_PAUSE))
         else:
             item = converse(rng)
