@@ -144,23 +144,20 @@ def share_found(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
     """The share of right answers about a scene that was told in the first turn, at the end of
     prompts of about so many tokens."""
     rng = random.Random(tokens)
-    items = [far_item(vlm, tokens, rng.random()) for _ in range(n)]
+    items = [far_item(vlm, tokens, rng) for _ in range(n)]
     replies, ended = exam.model_player(vlm.llama, vlm.tokenizer, vlm.template)(items)
     right = [end and world.grade(item.question, reply) == 1
              for item, reply, end in zip(items, replies, ended)]
     return sum(right) / n
 
 
-def far_item(vlm: train_vlm.VLMRun, tokens: int, seed: float) -> world.Item:
-    """The longest conversation of at most so many tokens that tells a scene in its first turn,
-    talks about something else, and asks for an attribute of an object at last."""
-    longest = None
-    for pause in range(60):
-        item = world.converse(random.Random(seed), "scenes", rounds=2, pause=pause)
+def far_item(vlm: train_vlm.VLMRun, tokens: int, rng: random.Random) -> world.Item:
+    """A conversation of at most so many tokens, and hardly fewer, that tells a scene in its first
+    turn, talks about something else, and asks for an attribute of an object at last."""
+    while True:
+        item = world.converse(rng, "scenes", rounds=2, pause=rng.randint(0, tokens // 20))
         turns = [data.Turn(role, text) for role, text in item.turns]
         prompt = data.render(data.Conversation(turns), vlm.template, vlm.tokenizer)
-        if len(prompt.tokens) > tokens and longest:
-            return longest
-        if item.question.kind in ("color", "shape", "size", "where"):
-            longest = item
-    return longest
+        asks_attribute = item.question.kind in ("color", "shape", "size", "where")
+        if asks_attribute and 0.9 * tokens < len(prompt.tokens) <= tokens:
+            return item

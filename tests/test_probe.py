@@ -1,0 +1,77 @@
+"""Tests of toy/probe.py: each rung must measure its own part, or one would mend the wrong one."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import model
+import train_vlm
+from toy import exam, pictures, probe, world
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What the probe needs of a run: a random language model with a toy tokenizer."""
+    folder = tmp_path_factory.mktemp("probe")
+    sizes = dict(documents=800, instructions=300, conversations=500)
+    tokenizer = exam.toy_tokenizer(world.write_files(folder, sizes, 0), 1024, folder / "toy.model")
+    torch.manual_seed(0)
+    llama = model.LLaMA(model.LLaMAConfig(dim=32, n_layers=1, n_heads=2, vocab_size=1024))
+    return SimpleNamespace(llama=llama.eval(), tokenizer=tokenizer, template="vicuna_v1.1",
+                           machine=SimpleNamespace(device="cpu"))
+
+
+@pytest.fixture
+def scenes():
+    rng = random.Random(0)
+    return [world.pick_scene(rng) for _ in range(4)]
+
+
+def test_an_encoder_is_right_if_all_ten_symbols_are(scenes):
+    rows = [[pictures.SYMBOLS.index(s) for s in pictures.scene_symbols(scene)] for scene in scenes]
+    logits = torch.nn.functional.one_hot(torch.tensor(rows), len(pictures.SYMBOLS)).float()
+    assert probe.symbols_right(logits, scenes) == 1
+    logits[0, 3] = logits[0, 3].roll(1)
+    assert probe.symbols_right(logits, scenes) == 0.75
+
+
+def test_the_best_projection_is_found_where_there_is_one(run, monkeypatch):
+    """Features that are a linear map of the right embeddings leave nothing; noise leaves all."""
+    torch.manual_seed(1)
+    mix = torch.randn(32, 40)
+    monkeypatch.setattr(pictures, "draw", lambda scene, rng: scene)
+    for noise, low, high in ((0, 0.0, 0.01), (1e4, 0.9, 1.0)):
+        def encode(net, drawn, machine, noise=noise):
+            exact = torch.stack(probe.embed_symbols(run, drawn)).detach() @ mix
+            return exact + noise * torch.randn_like(exact)
+
+        monkeypatch.setattr(train_vlm, "encode_images", encode)
+        weights, residual = probe.ridge_projection(None, run)
+        assert low <= residual <= high
+    assert weights["weight"].shape == (32, 40) and weights["bias"].shape == (32,)
+
+
+def test_exact_embeddings_are_read_as_the_words_themselves(run, scenes):
+    """The rung of exact embeddings must equal that of the bare words in the picture's order: the
+    language model cannot tell them apart."""
+    (scene, *_), (exact, *_) = scenes, probe.embed_symbols(run, scenes)
+    told = f"<Img> {' '.join(pictures.scene_symbols(scene))} </Img> What do you see?"
+    ids = []
+    for turn in (data.Turn("user", told), data.Turn("user", "What do you see?", slots=10)):
+        prompt = data.render(data.Conversation([turn]), run.template, run.tokenizer).tokens
+        ids.append(torch.tensor([prompt]))
+    with torch.no_grad():
+        assert torch.equal(run.llama(ids[0]), run.llama(ids[1], exact))
+
+
+@pytest.mark.parametrize("tokens", probe.FAR)
+def test_a_far_question_is_far(run, tokens):
+    item = probe.far_item(run, tokens, random.Random(0))
+    turns = [data.Turn(role, text) for role, text in item.turns]
+    prompt = data.render(data.Conversation(turns), run.template, run.tokenizer).tokens
+    assert 0.9 * tokens < len(prompt) <= tokens
+    assert item.told in item.turns[0][1] and item.told not in item.turns[-1][1]
+    assert item.question.kind in ("color", "shape", "size", "where")
