@@ -375,7 +375,7 @@ class PictureRows(data.Rows):
 
 
 def plain_alt_text(caption: str) -> str:
-    """In lower case, without .!"()*#:;~, at most 50 words."""
+    """The caption in lower case, without the characters .!"()*#:;~, cut to 50 words."""
     words = re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()
     return " ".join(words[:50])
 
@@ -621,8 +621,8 @@ def build_minigpt4(vlm: VLMRun, encoder: Path) -> tuple[vision.MiniGPT4, dict]:
 
 def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
                      album: Sequence[Captioned], name: str, parent: str = "") -> None:
-    """Stage 1 or 2, into the folder `name`. Skips stage 2 if there are fewer descriptions than one
-    batch."""
+    """Trains stage 1 or 2 and saves it in the folder `name`. Skips stage 2 if there are fewer
+    descriptions than one batch."""
     sft, rng = stage_config(vlm.cfg, stage), random.Random(vlm.cfg.seed)
     if stage == "2" and len(album) < sft.batch_size:
         print(f"stage 2 is skipped: {len(album)} descriptions, fewer than one batch of "
@@ -630,16 +630,16 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
         return
     recipe = recipe_of(vlm.cfg)
     if stage == "1" and recipe != "published":
-        # A language model of a million parameters never recovered from random image vectors.
+        # From zero: with a language model of a million parameters, training never recovered from a
+        # random projection.
         for w in net.llama_proj.parameters():
             torch.nn.init.zeros_(w)
     examples = []
     for c in album:
-        # A small language model knows captions as replies only, so they are replies in both stages:
-        # alt-text to a picture alone, a photo's caption to an instruction.
         if stage == "1" and recipe == "published":
             examples.append(alt_text_example(c.caption, net.n_queries, vlm.tokenizer))
             continue
+        # Elsewhere captions are replies, also in stage 1: a small model knows them as nothing else.
         if stage == "1" and recipe == "toy":
             caption, instruction = plain_alt_text(c.caption), ""
         else:

@@ -1,4 +1,4 @@
-"""Tests of toy/probe.py: each rung must measure its own part, or one would mend the wrong one."""
+"""Tests of toy/probe.py: each rung must measure its own part, or we would fix the wrong one."""
 
 import random
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from toy import exam, pictures, probe, world
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What the probe needs of a run: a random language model with a toy tokenizer."""
+    """The parts of a run that the probe needs: a random language model with a toy tokenizer."""
     folder = tmp_path_factory.mktemp("probe")
     sizes = dict(documents=800, instructions=300, conversations=500)
     tokenizer = exam.toy_tokenizer(world.write_files(folder, sizes, 0), 1024, folder / "toy.model")
@@ -67,11 +67,25 @@ def test_exact_embeddings_are_read_as_the_words_themselves(run, scenes):
         assert torch.equal(run.llama(ids[0]), run.llama(ids[1], exact))
 
 
-@pytest.mark.parametrize("tokens", probe.FAR)
+@pytest.mark.parametrize("tokens", probe.PROMPT_LENGTHS)
 def test_a_far_question_is_far(run, tokens):
-    item = probe.far_item(run, tokens, random.Random(0))
-    turns = [data.Turn(role, text) for role, text in item.turns]
-    prompt = data.render(data.Conversation(turns), run.template, run.tokenizer).tokens
-    assert 0.9 * tokens < len(prompt) <= tokens
-    assert item.told in item.turns[0][1] and item.told not in item.turns[-1][1]
-    assert item.question.kind in ("color", "shape", "size", "where")
+    """It once took conversations whose scene was told in the last turn."""
+    rng = random.Random(0)
+    for item in [probe.far_item(run, tokens, rng) for _ in range(10)]:
+        turns = [data.Turn(role, text) for role, text in item.turns]
+        prompt = data.render(data.Conversation(turns), run.template, run.tokenizer).tokens
+        assert 0.9 * tokens < len(prompt) <= tokens
+        assert item.told in item.turns[0][1]
+        assert not any(item.told in text for _, text in item.turns[1:])
+        assert item.question.kind in ("color", "shape", "size", "where")
+
+
+def test_alt_text_is_true_if_a_remark_is():
+    """Remarks leave objects out on purpose. Wrong ones, and lists of some objects, are not true."""
+    scene = (world.Object("small", "red", "ring", "top"),
+             world.Object("large", "blue", "moon", "left"))
+    lists = world.caption(scene), world.caption(scene[::-1])
+    for text in ("ring is red", "at left is a moon", *lists):
+        assert probe.is_true(scene, text)
+    for text in ("ring is blue", "a small red ring at top", ""):
+        assert not probe.is_true(scene, text)

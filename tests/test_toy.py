@@ -198,11 +198,11 @@ def test_image_vectors_stand_where_words_would(tmp_path, scene, question):
     assert sorted(words) == sorted(ids[symbol][0] for symbol in pictures.scene_symbols(scene))
 
 
-def test_a_pause_separates_the_scene_from_its_question():
+def test_a_detour_separates_the_scene_from_its_question():
     """Without such conversations the chat forgot a scene after 250 tokens: it had never had to
     look further back."""
     for seed in range(20):
-        item = world.converse(random.Random(seed), rounds=2, pause=5)
+        item = world.converse(random.Random(seed), rounds=2, detour=5)
         asked = [text for role, text in item.turns if role == "user"]
         assert len(asked) == 7 and item.told in asked[0]
         others = " ".join(asked[1:6])

@@ -541,9 +541,9 @@ def seeing_exam(vlm, net, aligned: dict, alt: Sequence, n: int) -> dict:
 @dataclass
 class ExamConfig:
     ckpt: str = "out/vicuna"  # the language model to examine
-    probe: bool = False  # instead: where MiniGPT-4 in --out loses what it sees
+    probe: bool = False  # instead, find where the MiniGPT-4 in --out loses what it sees
     out: str = "out"  # for --probe: folder of a run of train_sft.py and train_vlm.py
-    questions: int = 100  # in each row
+    questions: int = 100  # in each row; --probe: pictures in each column
 
     def __post_init__(self):
         check_above(self, 0, "questions")
@@ -554,7 +554,7 @@ def main(cfg: ExamConfig) -> dict:
         from toy import probe
         refuse_unused(cfg, ("ckpt",), "--probe looks at the models in --out")
         return probe.probe(Path(cfg.out), cfg.questions)
-    refuse_unused(cfg, ("out",), "it is for --probe")
+    refuse_unused(cfg, ("out",), "only --probe uses it")
     from tools import checkpoint
     from tools.machine import choose_machine
     machine = choose_machine("auto", "float32")

@@ -1,12 +1,9 @@
-"""Where is seeing lost? Each rung of the ladder replaces one more part of MiniGPT-4 by what is
-exactly right, so that the difference between two rungs is what a part loses.
+"""Where does MiniGPT-4 lose what is in the picture? A ladder from the encoder to plain words. Each
+row replaces more of MiniGPT-4 by something better, so the difference between neighbors suggests
+what a part loses. Then: how far back the language model can still recall a scene.
 
     python -m toy.exam --probe                 # after train_sft.py and train_vlm.py
     python -m toy.exam --probe --out=out/seed1
-
-From top to bottom: what the encoder sees, the trained projection, the best linear projection there
-is, exact word embeddings in the image slots, and the same scene in words. Then how far back the
-language model finds a scene that was told in the first turn.
 """
 
 import json
@@ -25,13 +22,14 @@ from tools.machine import choose_machine
 from toy import exam, pictures, world
 
 SPLITS = ("scenes", "pairs")
-FAR = (120, 250, 480)  # tokens of a prompt whose first turn tells the scene
+PROMPT_LENGTHS = (120, 250, 480)  # in tokens; the scene is told in the first turn
 
 
 def probe(out: Path, n: int) -> dict:
-    """Prints the ladder of a run and returns it, {rung: {split: share}}. n pictures for each."""
+    """Prints the ladder of a run and returns it, {row: {split: share}}. n pictures per split, the
+    same on every row."""
     machine = choose_machine("auto", "float32")
-    net, path, meta = vision.load(out / "minigpt4", device=machine.device)
+    net, _, meta = vision.load(out / "minigpt4", device=machine.device)
     cfg = train_vlm.VLMConfig(init=meta["settings"]["llama"], out=str(out))
     vlm = train_vlm.open_run(cfg, machine)
     final = train_vlm.copy_projection(net)
@@ -43,56 +41,71 @@ def probe(out: Path, n: int) -> dict:
     for split in SPLITS:
         e = exam.picture_exam(split, n)
         features = train_vlm.encode_images(net, e.pictures, machine)
-        rungs = {"encoder: all symbols right": symbols_right(head(features), e.scenes)}
+        rows = {"encoder: all ten symbols right": symbols_right(head(features), e.scenes)}
         for name, weights in (("projection after stage 1", aligned),
                               ("projection after stage 2", final),
-                              ("best linear projection", ridge)):
+                              ("least-squares projection", ridge)):
             net.llama_proj.load_state_dict(weights)
-            rungs[name] = described(net, vlm, e.scenes, list(features.split(1)))
-        exact = embed_symbols(vlm, e.scenes)
-        rungs["exact embeddings in the slots"] = described(vlm.llama, vlm, e.scenes, exact)
-        rungs |= in_words(vlm, e.scenes)
-        for rung, share in rungs.items():
-            ladder.setdefault(rung, {})[split] = share
-    exam.print_table("right descriptions, %", ladder)
-    print(f"{n} pictures per column. The best linear projection (ridge regression onto the word "
-          f"embeddings) leaves {100 * residual:.1f}% of the variance.")
-    for tokens in FAR:
-        share = share_found(vlm, tokens, n)
-        ladder[f"scene told {tokens} tokens ago"] = dict(scenes=share)
-        print(f"a scene told in the first turn of {tokens} tokens: {100 * share:.0f}% right")
+            replies = describe(net, vlm, instructions(n), list(features.split(1)))
+            rows[name] = exact_share(e.scenes, replies)
+        replies = describe(vlm.llama, vlm, instructions(n), embed_symbols(vlm, e.scenes))
+        rows["exact embeddings in the slots"] = exact_share(e.scenes, replies)
+        rows |= in_words(vlm, e.scenes)
+        for row, share in rows.items():
+            ladder.setdefault(row, {})[split] = share
+    exam.print_table("right, %", ladder)
+    print(f"{n} pictures per column; below the first row, exact descriptions count.\n"
+          f"The least-squares projection onto the word embeddings leaves {100 * residual:.1f}% of "
+          "their variance unexplained.")
+    for tokens in PROMPT_LENGTHS:
+        share = share_recalled(vlm, tokens, n)
+        ladder[f"scene told first, {tokens}-token prompt"] = dict(scenes=share)
+        print(f"scene told in the first turn, question at the end of a {tokens}-token prompt: "
+              f"{100 * share:.0f}% right")
     with data.atomic_write(out / "probe.json") as file:
         json.dump(dict(ladder, residual=residual), file, indent=1)
     return ladder
 
 
-def described(net, vlm: train_vlm.VLMRun, scenes: Sequence, images: Sequence | None,
-              told: Sequence[str] = (), request: str | None = None) -> float:
-    """The share of scenes that are described exactly, from images or told in words."""
-    conversations = []
-    for i in range(len(scenes)):
-        text = data.IMAGE_INSTRUCTIONS[i % 4] if request is None else request
-        if told:
-            text = f"{told[i]} {text}".strip()
-        slots = 0 if images is None else world.N_SYMBOLS
-        conversations.append(data.Conversation([data.Turn("user", text, slots=slots)]))
+def describe(net, vlm: train_vlm.VLMRun, texts: Sequence[str],
+             images: Sequence | None = None) -> list[str]:
+    """The replies to these questions, each with an image in front if images are given."""
+    slots = 0 if images is None else world.N_SYMBOLS
+    conversations = [data.Conversation([data.Turn("user", text, slots=slots)]) for text in texts]
     if images is not None:
         images = [image.to(vlm.machine.device) for image in images]
-    replies, _ = data.generate_replies(net, vlm.tokenizer, vlm.template, conversations, 64,
-                                       images=images)
-    right = [exam.exact(scene, reply) for scene, reply in zip(scenes, replies)]
-    return sum(right) / len(right)
+    replies, ended = data.generate_replies(net, vlm.tokenizer, vlm.template, conversations, 64,
+                                           images=images)
+    return [reply if end else "" for reply, end in zip(replies, ended)]
+
+
+def instructions(n: int) -> list[str]:
+    return [data.IMAGE_INSTRUCTIONS[i % len(data.IMAGE_INSTRUCTIONS)] for i in range(n)]
+
+
+def exact_share(scenes: Sequence, replies: Sequence[str]) -> float:
+    return sum(map(exam.exact, scenes, replies)) / len(scenes)
 
 
 def in_words(vlm: train_vlm.VLMRun, scenes: Sequence) -> dict:
-    """Without a picture: the bare words that image vectors stand for, and sentences. The first is
-    asked as in stage 1, whose captions are replies without a question."""
+    """Without a picture: the scene as bare words (those that the image vectors stand for, but with
+    the attributes in any order) and as sentences. The alt-text row asks no question, as in stage 1,
+    where alt-text is the reply to the picture alone."""
     rng = random.Random(3)
     symbols = [world.tell_symbols(scene, rng) for scene in scenes]
     sentences = [world.tell_in_sentences(scene, rng) for scene in scenes]
-    return {"bare words, alt-text": described(vlm.llama, vlm, scenes, None, symbols, ""),
-            "bare words": described(vlm.llama, vlm, scenes, None, symbols),
-            "sentences": described(vlm.llama, vlm, scenes, None, sentences)}
+    alt_texts = describe(vlm.llama, vlm, symbols)
+    rows = {"bare words, true alt-text": sum(map(is_true, scenes, alt_texts)) / len(scenes)}
+    for name, told in (("bare words", symbols), ("sentences", sentences)):
+        asked = [f"{text} {wish}" for text, wish in zip(told, instructions(len(told)))]
+        rows[name] = exact_share(scenes, describe(vlm.llama, vlm, asked))
+    return rows
+
+
+def is_true(scene: world.Scene, alt_text: str) -> bool:
+    """Does it list all objects, or make a remark that is true of one of them?"""
+    remarks = {remark.format(o=o) for remark in world.REMARKS for o in scene}
+    return alt_text in remarks or exam.exact(scene, alt_text)
 
 
 # -- the encoder, and the best that a linear layer can do -----------------------------------------
@@ -106,7 +119,7 @@ def encoder_head(net: vision.MiniGPT4, meta: dict) -> torch.nn.Linear:
 
 
 def symbols_right(logits: torch.Tensor, scenes: Sequence) -> float:
-    """The share of scenes of which every query names its symbol; logits (N, Q, symbols)."""
+    """The share of scenes for which every query's symbol is right; logits (N, Q, symbols)."""
     right = 0
     for row, scene in zip(logits.argmax(-1).tolist(), scenes):
         right += [pictures.SYMBOLS[i] for i in row] == pictures.scene_symbols(scene)
@@ -114,19 +127,20 @@ def symbols_right(logits: torch.Tensor, scenes: Sequence) -> float:
 
 
 def embed_symbols(vlm: train_vlm.VLMRun, scenes: Sequence) -> list[torch.Tensor]:
-    """For each scene the word embeddings of its symbols, (Q, C). Every symbol is one piece."""
+    """For each scene the word embeddings of its symbols, (Q, C). Raises UserError if a symbol is
+    not a single token."""
     table, rows = vlm.llama.tok_embeddings.weight.detach(), []
     for scene in scenes:
         ids = [vlm.tokenizer.encode(symbol) for symbol in pictures.scene_symbols(scene)]
-        if any(len(pieces) > 1 for pieces in ids):
+        if any(len(pieces) != 1 for pieces in ids):
             raise UserError("this tokenizer splits a symbol of the toy world into pieces")
         rows.append(table[[pieces[0] for pieces in ids]])
     return rows
 
 
 def ridge_projection(net: vision.MiniGPT4, vlm: train_vlm.VLMRun) -> tuple[dict, float]:
-    """Ridge regression from features of training scenes to embeddings of their symbols: a
-    projection, and the share of the variance that it leaves."""
+    """Ridge regression from the features of training scenes to the embeddings of their symbols: the
+    projection, and the share of the embeddings' variance that it leaves unexplained there."""
     rng = random.Random(9)
     scenes = [world.pick_scene(rng) for _ in range(1500)]
     drawn = [pictures.draw(scene, rng) for scene in scenes]
@@ -140,9 +154,9 @@ def ridge_projection(net: vision.MiniGPT4, vlm: train_vlm.VLMRun) -> tuple[dict,
 
 # -- how far back a scene is found ----------------------------------------------------------------
 
-def share_found(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
+def share_recalled(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
     """The share of right answers about a scene that was told in the first turn, at the end of
-    prompts of about so many tokens."""
+    prompts of about this many tokens."""
     rng = random.Random(tokens)
     items = [far_item(vlm, tokens, rng) for _ in range(n)]
     replies, ended = exam.model_player(vlm.llama, vlm.tokenizer, vlm.template)(items)
@@ -152,10 +166,10 @@ def share_found(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
 
 
 def far_item(vlm: train_vlm.VLMRun, tokens: int, rng: random.Random) -> world.Item:
-    """A conversation of at most so many tokens, and hardly fewer, that tells a scene in its first
-    turn, talks about something else, and asks for an attribute of an object at last."""
+    """A conversation whose prompt has between 90% and 100% of `tokens`. It tells a scene in its
+    first turn, makes a detour, and finally asks for an object's attribute."""
     while True:
-        item = world.converse(rng, "scenes", rounds=2, pause=rng.randint(0, tokens // 20))
+        item = world.converse(rng, "scenes", rounds=2, detour=rng.randint(1, tokens // 20))
         turns = [data.Turn(role, text) for role, text in item.turns]
         prompt = data.render(data.Conversation(turns), vlm.template, vlm.tokenizer)
         asks_attribute = item.question.kind in ("color", "shape", "size", "where")

@@ -174,18 +174,18 @@ END, NOTHING = ";", "nothing"
 N_SYMBOLS = 10  # for two objects: four attributes and an end each
 
 
-def symbols(objects: Sequence[Object], order: Sequence[int]) -> list[str]:
-    """The attributes of all objects in this order, ended by END and padded with NOTHING."""
+def symbols(objects: Sequence[Object], attribute_order: Sequence[int]) -> list[str]:
+    """Each object's attributes in the given order, then END; padded with NOTHING to N_SYMBOLS."""
     words = []
     for o in objects:
-        words += [o[k] for k in order] + [END]
+        words += [o[k] for k in attribute_order] + [END]
     return words + [NOTHING] * (N_SYMBOLS - len(words))
 
 
 def tell_symbols(scene: Scene, rng: random.Random) -> str:
-    """The symbols in words, in one random order for all objects. Piece for piece, this is what the
-    language model reads when image vectors take the places of the words."""
-    words = symbols(scene, order=rng.sample(range(4), 4))
+    """The symbols in words, the attributes of all objects in the same random order. In a picture,
+    image vectors take the places of these words, and all tokens around them are the same."""
+    words = symbols(scene, rng.sample(range(4), 4))
     return f"<Img> {' '.join(words)} </Img>"
 
 
@@ -216,9 +216,10 @@ REMARKS = ("{o.shape} is {o.color}", "{o.shape} is {o.size}", "{o.shape} is {o.a
 
 
 def alt_text(scene: Scene, rng: random.Random, noise: float = 0.1) -> str:
-    """Alt-text as on the web: short, without a full stop. Some list what is there, others make one
-    remark, from which a projection learns to be asked about one thing. With `noise` it is sometimes
-    incomplete, wrong, or truncated."""
+    """Alt-text as on the web: short, without a full stop. Some lists what is there; the rest
+    remarks on a single object, so that a projection also learns to support questions about one.
+    `noise` is the chance of each fault: an omission, a wrong attribute, or (half as often)
+    truncation."""
     if rng.random() < 0.4:
         o = rng.choice(scene)
         if rng.random() < noise:
@@ -507,8 +508,8 @@ def answer_exists(scene: Scene, o: Object, rng: random.Random, must_exist: bool)
 
 
 def absent_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A color and a shape that no object has together. Each of them is mostly there, so that it is
-    not enough to look for one."""
+    """A color and a shape that no object combines (and no held-out pair). Each is often there on
+    its own, so that it is not enough to look for one of them."""
     present = {(o.color, o.shape) for o in scene}
     while True:
         color = rng.choice(scene).color if rng.random() < 0.7 else rng.choice(COLORS)
@@ -741,17 +742,17 @@ class Dialogue:
     name: str = ""  # the user's name
     word: tuple | None = None  # an object, and the word that the user has defined for it
     focus: Object | None = None  # the object that "it" means
-    pause: int = 0  # rounds about something else that are still to come
+    detour: int = 0  # rounds about something else that are still to come
 
     def is_last(self) -> bool:
         return len(self.turns) == 2 * (self.rounds - 1)
 
     def pick_kind(self) -> str:
-        if not self.pause:
+        if not self.detour:
             return self.rng.choice(ROUND_KINDS)
         if not self.told:
             return self.rng.choice(SCENE_KINDS)
-        self.pause -= 1
+        self.detour -= 1
         return self.rng.choice(OTHER_KINDS)
 
     def add_round(self, asked: str, reply: str) -> None:
@@ -836,15 +837,16 @@ class Dialogue:
                 self.focus = named[0]
 
 
-MAX_PAUSE = 16  # then a conversation has about 510 tokens
+MAX_DETOUR = 16  # then a conversation has about 510 tokens
 
 
 def converse(rng: random.Random, split: str = "train", rounds: int | None = None,
-             pause: int = 0) -> Item:
-    """A conversation of some rounds with full answers, up to its last question. With a pause, the
-    first round tells the scene, and the next `pause` rounds are about something else."""
+             detour: int = 0) -> Item:
+    """A conversation of `rounds` rounds (2 to 5 if None) with full answers, up to its last
+    question. With a detour, the first round tells the scene, and as many more rounds follow it that
+    are about something else."""
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
-    d = Dialogue(rng, split, scene, (rounds or rng.randint(2, 5)) + pause, pause=pause)
+    d = Dialogue(rng, split, scene, (rounds or rng.randint(2, 5)) + detour, detour=detour)
     while True:
         kind = d.pick_kind()
         q = d.ask(kind)
@@ -860,9 +862,9 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
 
 
 def conversation(rng: random.Random) -> dict:
-    """A ShareGPT record: a few rounds with full answers. One in five talks about something else for
-    long before it comes back to the scene. In one in four, the user sends symbols without a
-    question and gets alt-text back, as in the first stage of MiniGPT-4's training."""
+    """A ShareGPT record: a few rounds with full answers. One in five makes a long detour after the
+    scene is told. In one in four, the user sends symbols without a question and gets alt-text back,
+    as in the first stage of MiniGPT-4's training."""
     style = rng.random()
     if style < 0.25:
         scene = pick_scene(rng)
@@ -870,7 +872,7 @@ def conversation(rng: random.Random) -> dict:
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
         if style < 0.45:
-            item = converse(rng, rounds=2, pause=rng.randint(1, MAX_PAUSE))
+            item = converse(rng, rounds=2, detour=rng.randint(1, MAX_DETOUR))
         else:
             item = converse(rng)
         turns = [*item.turns, ["assistant", item.question.full]]
