@@ -14,12 +14,10 @@ Where the sums disagree, they mask out the conversation or supervise the wrong t
 
 import bisect
 import contextlib
-import functools
 import gzip
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -356,40 +354,32 @@ def runs(labels: Sequence[int]) -> list[tuple[int, int, bool]]:
 
 
 def fit_prompt(conversation: Conversation, template: str, tokenizer: Tokenizer, room: int,
-               block: int = 1) -> tuple[list[int], int]:
+               block: int = 0) -> tuple[list[int], int]:
     """The tokens up to the reply, and how many rounds were dropped to make them fewer than `room`.
 
     Text-only rounds are dropped first, then rounds with an image, the oldest first. The last
-    question always stays, so the prompt can still be too long. Text is dropped in steps of `block`
-    tokens, so that the prompts of a growing conversation begin alike until the next step.
+    question always stays, so the prompt can still be too long. Text is dropped in blocks of at
+    least `block` tokens, so that the prompts of a growing conversation begin alike for some turns.
     """
     turns = conversation.turns
-    rounds = [tuple(turns[i:i + 2]) for i in range(0, len(turns), 2)]
-    lengths = [round_length(pair, template, tokenizer) for pair in rounds]
-    text_only = [i for i in range(len(rounds) - 1) if not rounds[i][0].slots]
-    order = text_only + [i for i in range(len(rounds) - 1) if rounds[i][0].slots]
-    first = render(replace(conversation, turns=rounds[0]), template, tokenizer).tokens
-    excess = len(first) + sum(lengths[1:]) + 1 - room
-    steps = block * math.ceil(excess / block)
-    gone = np.cumsum([0] + [lengths[i] for i in order])  # tokens, by the number of dropped rounds
-    for n in range(len(gone)):
-        enough = steps if n < len(text_only) else excess
-        if gone[n] < enough and n < len(order):
-            continue
+    order = sorted(range((len(turns) - 1) // 2), key=lambda i: turns[2 * i].slots > 0)
+    n_text = sum(not turns[2 * i].slots for i in order)
+    choices, length = [0], 0  # how many rounds may be dropped
+    for n, i in enumerate(order, start=1):
+        alone = Conversation(turns[2 * i:2 * i + 2], system="")
+        length += len(render(alone, template, tokenizer).tokens)
+        if length >= block or n >= n_text:
+            choices.append(n)
+            length = 0
+
+    def tokens_without(n: int) -> list[int]:
         dropped = set(order[:n])
         kept = [turn for i, turn in enumerate(turns) if i // 2 not in dropped]
-        tokens = render(replace(conversation, turns=kept), template, tokenizer).tokens
-        if len(tokens) < room:  # what is first now may have a token more than as a later round
-            break
-    return tokens, n
+        return render(replace(conversation, turns=kept), template, tokenizer).tokens
 
-
-@functools.lru_cache(1 << 14)  # a chat asks for its old rounds again in every turn
-def round_length(turns: tuple[Turn, ...], template: str, tokenizer: Tokenizer) -> int:
-    """The number of tokens of a round that is not the first one."""
-    first = [Turn("user", "a"), Turn("assistant", "b")]
-    both = render(Conversation([*first, *turns], system=""), template, tokenizer).tokens
-    return len(both) - len(render(Conversation(first, system=""), template, tokenizer).tokens)
+    # The first choice that fits, found by bisection, or else the last one.
+    found = bisect.bisect_left(choices[:-1], True, key=lambda n: len(tokens_without(n)) < room)
+    return tokens_without(choices[found]), choices[found]
 
 
 def strip_end(text: str, template: str, complete: bool = True) -> tuple[str, bool]:

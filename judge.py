@@ -405,10 +405,7 @@ def rate(cfg: RateConfig) -> dict:
         what = "last answer" if len(q.turns) > 1 else "answer"  # the judge is told the same
         choice = ""
         while choice not in ("1", "2", "t", "q"):
-            try:
-                choice = input(f"\nBetter {what}? [1 / 2 / t = tie / q = quit] ").strip().lower()
-            except EOFError:
-                choice = "q"
+            choice = input(f"\nBetter {what}? [1 / 2 / t = tie / q = quit] ").strip().lower()
         if choice == "q":
             break
         winner = "tie" if choice == "t" else names[sides[int(choice) - 1]]
@@ -430,8 +427,7 @@ def read_ratings(folder: Path) -> dict[frozenset, dict[str, str | None]]:
                 better = dict(zip(r["models"], r["answer_ids"]), tie=None)[r["winner"]]
                 ratings.setdefault(frozenset(r["answer_ids"]), {})[r["rater"]] = better
             except (LookupError, TypeError):
-                why = "the winner must be one of the models, or tie"
-                raise UserError(f"{path}: {r!s:.200} is not a rating: {why}") from None
+                raise UserError(f"{path}: {r!s:.200} is not a rating of its models") from None
     return ratings
 
 

@@ -261,15 +261,13 @@ class Chat:
         conversation = data.load_conversations(path)[0]
         turns, pictures = conversation.turns, []
         try:
-            images = dict(conversation.extra.get("images") or [])
-            for n, image in images.items():
-                if type(n) is not int or not 0 <= n < len(turns) // 2 or type(image) is not str:
-                    raise ValueError("no such round, or no file")
-        except (ValueError, TypeError):
+            for n, image in sorted(dict(conversation.extra.get("images", [])).items()):
+                if n < 0:
+                    raise IndexError
+                pictures.append(self.open_picture(image))
+                turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
+        except (ValueError, TypeError, IndexError):
             raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
-        for n in sorted(images):
-            pictures.append(self.open_picture(images[n]))
-            turns[2 * n] = turns[2 * n]._replace(slots=self.vlm.n_queries)
         self.turns, self.system = turns, conversation.system
         self.pictures, self.pending = pictures, None
 
@@ -293,8 +291,7 @@ def open_chat(cfg: SampleConfig) -> Chat:
         folder = Path("out/minigpt4")
         if not cfg.image or not (folder / "latest").exists():
             folder = default_checkpoint()
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        use_threads(cfg.threads, cfg.device)
+    use_threads(cfg.threads, cfg.device)
     dtype = dict(auto=None, float32=torch.float32, bfloat16=torch.bfloat16)[cfg.dtype]
     net, path, meta = vision.load(folder, cfg.device, dtype=dtype, quantize=cfg.quantize)
     trained_in = meta["template"]

@@ -14,7 +14,7 @@ import pytest
 
 import judge
 from test_teacher import KEY, fake  # noqa: F401  (fake is a fixture)
-from tools import teacher
+from tools import config, teacher
 from tools.config import UserError
 from tools.report import agreement, compare, print_report
 
@@ -390,9 +390,9 @@ def test_reviews_of_unknown_questions_are_not_totaled(capsys):
     swapped = {1: judge.Review((8, 9), "", ids), "1": judge.Review((1, 10), "", ids)}
     figures = compare("a", "b", [order, swapped], {1: "generic", 2: "math"}, {}, {})
     assert figures["totals"] == [9, 8] and list(figures["categories"]) == ["generic"]
-    assert figures["left_out"] == [2]
+    assert figures["left_out"] == [2, 99, "1"]
     print_report(dict(pairs=[figures], findings=[]))
-    assert "a : b: reviews of unknown questions are not counted: 1, 99" in capsys.readouterr().out
+    assert "a : b: left out question 2, 99, 1: no readable scores" in capsys.readouterr().out
 
 
 # -- people ---------------------------------------------------------------------------------------
@@ -453,7 +453,10 @@ def test_ctrl_d_ends_a_rating(tmp_path, monkeypatch, capsys):
     for name in "ab":
         write(tmp_path / "answer" / f"answer_{name}.jsonl", answers)
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
-    assert judge.rate(judge.RateConfig("a", "b", str(tmp_path), "anna")) == dict(rated=1)
+    monkeypatch.setattr("sys.argv", ["judge.py", "a", "b", f"--out={tmp_path}", "--rater=anna"])
+    with pytest.raises(SystemExit) as stopped:
+        config.run(judge.rate, judge.RateConfig)
+    assert stopped.value.code == 130 and len(judge.read_ratings(tmp_path / "rating")) == 1
 
 
 def test_agreement_with_and_without_ties():

@@ -199,7 +199,7 @@ def test_a_long_chat_costs_per_turn_what_the_turn_costs(tokenizer, monkeypatch):
     assert sum(read) < 3 * len(said) and sorted(read)[len(read) // 2] < 30
     encoded.clear()
     ask(chat, "moon")
-    assert len(encoded) < 100, "the whole chat was rendered"
+    assert len(encoded) < 15 * len(chat.turns), "the chat was rendered for each dropped round"
 
 
 def test_an_answer_that_is_cut_says_so(tokenizer, capsys):

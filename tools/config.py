@@ -16,12 +16,10 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
 import os
 import re
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -114,10 +112,8 @@ def parse_value(name: str, kind: Any, text: str):
         example = "3" if kind is int else "0.1"
         expected = f"expected {kind.__name__}, such as --{name}={example}"
         raise UserError(f"--{name}={text}: {expected}") from None
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"--{name}={text}: expected a finite number")
-    if kind is int and abs(value) >= 2 ** 63:
-        raise UserError(f"--{name}={text}: expected at most 18 digits")
+    if not abs(value) < 2 ** 63:  # nan, inf, or beyond torch's integers
+        raise UserError(f"--{name}={text}: expected a finite number of at most 18 digits")
     return value
 
 
@@ -189,11 +185,7 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
     word = argv[0] if argv and not argv[0].startswith("-") else ""
     named = ", ".join(name for name in commands if name)
     if not word and {"-h", "--help"} & set(argv):
-        print(f"commands (`{script} COMMAND --help` lists the options of one):")
-        for name in filter(None, commands):
-            what = inspect.getdoc(commands[name][0]) or ""
-            print(f"  {name:<9} {textwrap.shorten(what, 80, placeholder=' ...')}")
-        print()
+        print(f"commands: {named}; `{script} COMMAND --help` lists the options of one\n")
         if "" not in commands:
             print(sys.modules["__main__"].__doc__)
             sys.exit(0)
@@ -243,5 +235,5 @@ def run(main: Callable | None, cls, presets: dict | None = None) -> None:
     except Stopped as stopped:
         print(f"\n{stopped}. To resume: {typed_command()}")
         sys.exit(130)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # Ctrl-C; Ctrl-D where something is asked
         sys.exit(130)

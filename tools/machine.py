@@ -58,21 +58,16 @@ def choose_device(device: str) -> str:
 def use_threads(threads: int, device: str) -> None:
     """Computes with this many CPU threads. 0 leaves the number to torch, and prints advice if other
     programs use the cores: a thread that waits for its turn keeps all others waiting."""
-    if threads > os.cpu_count():
-        raise UserError(f"--threads={threads}: this machine has {os.cpu_count()} cores")
     if threads:
         torch.set_num_threads(threads)
-    elif device in ("auto", "cpu") and choose_device(device) == "cpu":
-        advise_threads()
-
-
-def advise_threads() -> None:
-    threads, is_one_of_many = torch.get_num_threads(), "TORCHELASTIC_RUN_ID" in os.environ
-    if threads == 1 or is_one_of_many:
+        return
+    threads = torch.get_num_threads()  # one under torchrun
+    if threads == 1 or choose_device(device) != "cpu":
         return
     cores = free_cores()
     if cores < 0.9 * threads:
-        print(f"this machine is busy: --threads={max(1, int(cores))} would be faster")
+        advice = f"this machine is busy: --threads={max(1, int(cores))} would be faster"
+        print(advice, file=sys.stderr)
 
 
 def free_cores(seconds: float = 0.2) -> float:

@@ -62,10 +62,9 @@ def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
     bring back position bias. So are reviews of questions that are not in `categories`.
     """
     rows, left_out = [], []
-    unknown = {i for order in orders for i in order if i not in categories}
-    for i in categories:
+    for i in dict.fromkeys([*categories, *orders[0], *orders[-1]]):
         reviews = [order[i] for order in orders if i in order]
-        if len(reviews) < len(orders):
+        if len(reviews) < len(orders) or i not in categories:
             left_out.append(i)
             continue
         people = ratings.get(frozenset(reviews[0].answers), {})
@@ -78,7 +77,6 @@ def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
     verdicts = Counter(r["verdict"] for r in rows)
     preferred = ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0)
     return dict(totals(rows), a=a, b=b, title=f"{a} : {b}", left_out=left_out, rows=rows,
-                unknown=sorted(unknown, key=str),
                 wins=verdicts[1], ties=verdicts[0], losses=verdicts[-1], preferred=preferred,
                 categories=by_category)
 
@@ -195,11 +193,8 @@ def print_report(figures: dict) -> None:
     print("[low, high]: 95% bootstrap interval over questions\n")
     for p in pairs:
         if p["left_out"]:
-            print(f"{p['title']}: left out question {listing(p['left_out'])}: no readable scores. "
-                  'Add them to the review file, as in "score": [9, 8]')
-        if p["unknown"]:
-            print(f"{p['title']}: reviews of unknown questions are not counted: "
-                  f"{listing(p['unknown'])}")
+            print(f"{p['title']}: left out question {listing(p['left_out'])}: no readable scores "
+                  '(add them to the review file, as in "score": [9, 8]), or no such question')
     print("\n".join(figures["findings"]))
 
 

@@ -16,9 +16,7 @@ import json
 import os
 import random
 import re
-import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -104,8 +102,7 @@ class ReplyCache:
                 continue  # empty, or truncated when the machine stopped
 
     def add(self, key: str, reply: Reply) -> None:
-        text = reply.text.encode("utf-8", "replace").decode()  # no file can hold half a character
-        self.replies[key] = reply = reply._replace(text=text)
+        self.replies[key] = reply
         line = json.dumps(dict(key=key, **reply._asdict()), ensure_ascii=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + line)  # newline first: the last line may be truncated
@@ -138,15 +135,8 @@ def print_tokens(label: str, replies: list[Reply]) -> None:
 
 # -- a server -------------------------------------------------------------------------------------
 
-MAX_BYTES = 16 << 20  # the longest answer that is read
 # What servers say about a setting that they do not have.
 REFUSED = re.compile("n.t support|unsupported|unknown|unrecogni|unexpected|permitted|allowed", re.I)
-
-
-def count(usage, name: str) -> int:
-    """A server's count of tokens; 0 if that is no such number."""
-    n = getattr(usage, name, 0)
-    return n if type(n) is int and 0 <= n < 1e9 else 0
 
 
 class Server:
@@ -171,10 +161,9 @@ class Server:
             raise UserError(f"{self.name} needs a key in the environment variable OPENAI_API_KEY")
         if not re.fullmatch("[!-~]*", self.key):  # the library would quote it
             raise UserError("OPENAI_API_KEY holds a space or a character that no key has")
-        self.timeout = timeout  # of one attempt, in seconds
-        http = openai.DefaultHttpxClient(event_hooks=dict(response=[self.read_body]))
+        self.deadline = timeout * (retries + 2)  # of a request, in seconds
         self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
-                                    max_retries=retries, http_client=http)
+                                    max_retries=retries)
         self.settings = dict(model=model, temperature=temperature, max_tokens=max_new_tokens)
         self.workers, self.why = workers, ""
 
@@ -213,38 +202,41 @@ class Server:
         system = conversation.system
         messages = [dict(role="system", content=system)] if system else []
         for turn in conversation.turns:
-            text = f"{turn.text}\n{turn.input}" if turn.input else turn.text
-            messages.append(dict(role=turn.role, content=text))
-        # A last resort, which ends all requests: the library waits for headers without end.
-        watch = threading.Timer(self.timeout * (self.client.max_retries + 2), self.client.close)
+            messages.append(dict(role=turn.role, content=turn.whole()))
+        client = self.client.copy(http_client=openai.DefaultHttpxClient())
+        # The library's timeout starts anew with every byte; this one ends the connection.
+        watch = threading.Timer(self.deadline, client.close)
         watch.start()
         try:
-            answer = self.complete(messages)
+            answer = self.complete(client, messages)
             text = (answer.choices[0].message.content or "").strip()
-            text = text.encode("utf-8", "replace").decode()  # without lone surrogates
+            text = text.encode("utf-8", "replace").decode()  # no file can hold half a character
             ended = answer.choices[0].finish_reason in ("stop", None)
-            read = count(answer.usage, "prompt_tokens")
-            written = count(answer.usage, "completion_tokens")
-            return Reply(self.without_key(text), ended, read, written)
+            counts = [getattr(answer.usage, name, None) for name in Reply._fields[2:]]
+            if any(type(n) is not int for n in counts):
+                counts = []
+            return Reply(self.without_key(text), ended, *counts)
         except openai.OpenAIError as error:
             why = f"{error} {error.__cause__ or ''}"
         except Exception:  # a server may send anything
             why = "the answer is not in OpenAI's format"
         finally:
+            late = client.is_closed()
             watch.cancel()
-        if self.client.is_closed():
+            client.close()
+        if late:
             why = "no answer in time"
         why = re.sub(r"[\s\x00-\x1f\x7f]+", " ", self.without_key(why)).strip()[:500]
         self.why = f"{self.name}: {why}"
         return None
 
-    def complete(self, messages: list[dict]):
+    def complete(self, client, messages: list[dict]):
         """The library's answer, without the settings that the server refuses."""
         import openai
         while True:
             sent = dict(self.settings)  # another thread may change them
             try:
-                return self.client.chat.completions.create(messages=messages, **sent)
+                return client.chat.completions.create(messages=messages, **sent)
             except openai.APIStatusError as error:
                 about = str(error.param or error)
                 named = [name for name in sent if name != "model" and name in about]
@@ -256,17 +248,6 @@ class Server:
             if named[0] in self.settings:
                 self.settings = sent
                 tqdm.write(f"{self.name} refuses {named[0]}={value}")
-
-    def read_body(self, response) -> None:
-        """Reads an answer. The library's timeout starts anew with every byte; this one does not."""
-        http = sys.modules[type(response).__module__.partition(".")[0]]  # httpx; httpx2 in openai 3
-        deadline, body = time.monotonic() + self.timeout, bytearray()
-        for chunk in response.stream:
-            body += chunk
-            if time.monotonic() > deadline or len(body) > MAX_BYTES:
-                raise http.ReadTimeout("the answer does not end")
-        response.stream.close()
-        response.stream = http.ByteStream(bytes(body))
 
     def without_key(self, text: str) -> str:
         """A server may quote the key. A dummy one, such as EMPTY, may be a word of the text."""
