@@ -164,10 +164,13 @@ def test_run_with_commands(monkeypatch):
 
 
 def test_help_of_a_script_with_commands(monkeypatch, capsys):
-    """-h was a missing command."""
+    """-h was a missing command, and what the commands do could be read in the code alone."""
+    def read(cfg):
+        """Reads a file. It may be long."""
+
     for typed in ("demo.py -h", "demo.py --help"):
-        assert run_and_leave(monkeypatch, typed, cls={"read": (None, Reader)}) == 0
-        assert "commands: read; `demo.py COMMAND --help`" in capsys.readouterr().out
+        assert run_and_leave(monkeypatch, typed, cls={"read": (read, Reader)}) == 0
+        assert "\n  read      Reads a file. It may be long.\n" in capsys.readouterr().out
 
 
 def test_any_console(monkeypatch):

@@ -291,8 +291,8 @@ def test_damaged_metrics_cost_only_themselves(chats, stopped, straight, tmp_path
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "chats" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[2:4] = [b"\xff\xfe \x80\n", b"\0" * 40 + lines[3]]
-    path.write_bytes(b"".join(lines) + b'\n{"step": 7, "lo')
+    lines[1:4] = [b"\0" * 40 + lines[1], b"\xff\xfe \x80\n", b"[" * 99999 + b"\n7\n{}\n"]
+    path.write_bytes(b"".join(lines) + b'{"step": null, "loss": 1.0}\n\n{"step": 7, "lo')
     run(settings(chats, tmp_path))
     (log, weights), (want, good) = result(tmp_path), straight(0)
     assert log == [line for line in want if line[0] not in (2, 3)]
@@ -314,7 +314,7 @@ def test_a_second_command_in_the_same_folder_is_refused(chats, straight, tmp_pat
     first.processes[0].kill()
     first.processes[0].join()
     for answer in answers:
-        assert "in use by another command" in str(answer)
+        assert f"in use by process {first.processes[0].pid};" in str(answer)
     assert after == before
     run(given)
     assert_same(tmp_path, straight(0))

@@ -187,6 +187,8 @@ def test_a_busy_machine_gets_one_line_of_advice(monkeypatch, capsys):
     monkeypatch.setattr(machine, "free_cores", lambda: 0.5)
     machine.use_threads(1, "cpu")
     assert chosen == [1] and not capsys.readouterr().err
+    with pytest.raises(config.UserError, match="--threads=100000: this machine has"):
+        machine.use_threads(100_000, "cpu")
 
 
 def test_free_cores_are_measured():

@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -185,7 +186,11 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
     word = argv[0] if argv and not argv[0].startswith("-") else ""
     named = ", ".join(name for name in commands if name)
     if not word and {"-h", "--help"} & set(argv):
-        print(f"commands: {named}; `{script} COMMAND --help` lists the options of one\n")
+        print(f"commands (`{script} COMMAND --help` lists the options of one):")
+        for name in filter(None, commands):
+            what = inspect.getdoc(commands[name][0]) or ""
+            print(f"  {name:<9} {textwrap.shorten(what, 80, placeholder=' ...')}")
+        print()
         if "" not in commands:
             print(sys.modules["__main__"].__doc__)
             sys.exit(0)

@@ -58,6 +58,8 @@ def choose_device(device: str) -> str:
 def use_threads(threads: int, device: str) -> None:
     """Computes with this many CPU threads. 0 leaves the number to torch, and prints advice if other
     programs use the cores: a thread that waits for its turn keeps all others waiting."""
+    if threads > os.cpu_count():  # torch crashes with very many
+        raise UserError(f"--threads={threads}: this machine has {os.cpu_count()} cores")
     if threads:
         torch.set_num_threads(threads)
         return

@@ -167,8 +167,10 @@ def read_metrics(path: Path) -> list[dict]:
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
-        with contextlib.suppress(ValueError):  # not JSON
-            lines.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON
+            match json.loads(line.strip("\0")):
+                case {"step": int(), "loss": float()} as numbers:
+                    lines.append(numbers)
     return lines
 
 
@@ -177,17 +179,27 @@ def lock(folder, machine: Machine):
     """Keeps a second command out of a folder, where it would replace what the first one reads. The
     system frees the lock when its process (rank 0) ends, however it ends."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
-        in_use = False
-        try:
-            if machine.rank == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # others come from file systems without locks
-            in_use = isinstance(error, BlockingIOError)
-        if machine.total(in_use)[0]:
-            raise UserError(f"{folder} is in use by another command; wait until it ends, or choose "
-                            "another --out")
+    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
+        refused = machine.rank == 0 and not try_lock(file)
+        if machine.total(refused)[0]:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by process {file.read()}; wait until it ends, or "
+                            "choose another --out")
+        if machine.rank == 0:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
+
+
+def try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 # -- resuming -------------------------------------------------------------------------------------
