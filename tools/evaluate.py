@@ -59,8 +59,8 @@ class Item:
 
 def find(answer, names: Sequence) -> int | None:
     """The index of the right choice, where the choices are called by these names."""
-    names = [str(name).lower() for name in names]
-    answer = str(answer).strip().lower()
+    names = [str(name).strip() for name in names]
+    answer = str(answer).strip()
     return names.index(answer) if answer in names else None
 
 
@@ -98,7 +98,7 @@ def arc(r: dict) -> tuple:
 
 def boolq(r: dict) -> tuple:
     question = r["passage"] + "\n" + ask(r["question"].rstrip("?") + "?")
-    return question, ["no", "yes"], find(r.get("answer"), (False, True))
+    return question, ["no", "yes"], find(str(r.get("answer")).lower(), ("false", "true"))
 
 
 def plain(r: dict) -> tuple:
