@@ -11,8 +11,10 @@ the highest log P(choice | question) - log P(choice | "Answer:"). Every model, a
 trained to chat, reads plain text: bos, the question, the choice.
 
 The file holds JSON lines with question, choices, and answer: the right choice, or its index from 0.
-The published files of PIQA, HellaSwag, ARC, OpenBookQA and BoolQ are recognized by their fields,
-and are asked as lm-evaluation-harness asks them. A record may also have a group.
+The published files of PIQA, HellaSwag, ARC, OpenBookQA and BoolQ are recognized by their fields.
+The paper does not print its prompts; these are lm-evaluation-harness's, and ARC's for OpenBookQA.
+AI2's file of OpenBookQA has the fields of ARC: it needs --normalize=answer. A record may also have
+a group, which gets an accuracy of its own.
 """
 
 import math
