@@ -35,7 +35,7 @@ import train_vlm
 import vision
 from conftest import ROOT, our_modules
 from recipes import identity, koala, openassistant, self_instruct, sharegpt
-from tools import bench, checkpoint, config, convert, estimate, machine, quantize, teacher
+from tools import bench, checkpoint, config, convert, estimate, evaluate, machine, quantize, teacher
 from toy import exam, pictures, world
 
 MICRO = ROOT / "tests" / "micro"
@@ -146,6 +146,9 @@ def files(tmp_path_factory) -> Path:
     files.mkdir()
     write_lines(files, "chats.jsonl", [json.dumps(world.conversation(rng)) for _ in range(48)])
     write_lines(files, "text.txt", [world.document(rng) for _ in range(40)])
+    quiz = [dict(question=f"{name} lives in", choices=world.TOWNS, answer=i % 8)
+            for i, name in enumerate(world.PEOPLE[:12])]
+    write_lines(files, "quiz.jsonl", [json.dumps(record) for record in quiz])
     for name in ("album", "other_album"):
         scenes = [world.pick_scene(rng) for _ in range(8)]
         drawn = [pictures.draw(scene, rng, 16) for scene in scenes]
@@ -398,8 +401,8 @@ SCRIPTS["stats"] = Script(data.StatsConfig, data.stats, {
     "stats": dict(file=CHATS, tokenizer="FILES/base"),
 }, dict(file="FILES/other_chats.jsonl", tokenizer="FILES/large.model", template="koala"))
 SCRIPTS["world"] = Script(world.WorldConfig, world.main, {
-    "texts": {}, "questions": dict(split="names"),
-}, dict(split="pairs", count=3, seed=7))
+    "texts": {}, "questions": dict(split="names"), "facts": dict(facts="HERE/facts.jsonl"),
+}, dict(split="pairs", count=3, seed=7, facts="HERE/other.jsonl"))
 SCRIPTS["pictures"] = Script(pictures.PicturesConfig, pictures.main, {
     "album": dict(out="HERE/album", count=3, size=16),
 }, dict(out="HERE/other", split="more", count=4, size=24, seed=7))
@@ -415,6 +418,17 @@ SCRIPTS["estimate"] = Script(estimate.EstimateConfig, estimate.main, {
     "sizes": {}, "training": dict(preset="7B", gpus=8),
 }, dict(preset="13B", vocab_size=500, gpus=4, gpu="H200", seq=512, batch=3, tokens=1e6, mfu=0.3,
         price=9.0))
+
+
+def spy_on_evaluate(record: Record) -> None:
+    record.spy(vision, "load", lambda *args, **options: (args, options))
+    record.spy(evaluate, "scores", lambda net, item, rows: (item.normalize, rows))
+
+
+SCRIPTS["evaluate"] = Script(evaluate.EvaluateConfig, evaluate.main, {
+    "quiz": dict(file="FILES/quiz.jsonl", ckpt="FILES/wide"),
+}, dict(file="FILES/other_quiz.jsonl", ckpt="FILES/other_wide", shots=2, normalize="answer",
+        device="cuda", dtype="bfloat16", quantize="q8"), spy_on_evaluate)
 
 
 # -- tools/bench.py: nothing is timed -------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python -m toy.world                 # samples of each kind of training text
     python -m toy.world --split=pairs   # questions of one test split, with their answers
+    python -m toy.world --facts=facts.jsonl    # where people live, for tools/evaluate.py
 
 It has scenes of colored shapes, a hundred people with a home and a job, animals ordered by size,
 sums, one-line programs, and stories. Three kinds of text are made from it: documents (for
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import data
-from tools.config import run
+from tools.config import refuse_unused, run
 
 SIZES = ("small", "large")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "white", "brown", "cyan")
@@ -1007,6 +1008,21 @@ def write_files(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
     return files
 
 
+def write_facts(path) -> int:
+    """Writes where each of the people lives, as multiple choice for tools/evaluate.py. A model that
+    no longer answers the question may still find the true town the most likely. Returns how many.
+    """
+    lines = []
+    for name in PEOPLE:
+        town, _ = FACTS[name]
+        group = "asked" if name in ASKED else "unasked"
+        record = dict(question=f"{name} lives in", choices=TOWNS, answer=town, group=group)
+        lines.append(json.dumps(record) + "\n")
+    with data.atomic_write(path) as file:
+        file.write("".join(lines))
+    return len(lines)
+
+
 # -- python -m toy.world --------------------------------------------------------------------------
 
 Split = Literal["train", "scenes", "pairs", "later", "facts", "closed", "phrasings", "names",
@@ -1018,9 +1034,18 @@ class WorldConfig:
     split: Split = "train"  # questions of a test split; train: samples of the training text
     count: int = 5  # samples of each kind, or questions
     seed: int = 1  # which ones; the exam's questions have seed 1
+    facts: str = ""  # write this file for tools/evaluate.py instead: where the people live
+
+    def __post_init__(self):
+        if self.facts:
+            refuse_unused(self, ("split", "count", "seed"), "--facts writes all facts")
 
 
 def main(cfg: WorldConfig) -> dict:
+    if cfg.facts:
+        n = write_facts(cfg.facts)
+        print(f"{cfg.facts}: where {n} people live. Next: python -m tools.evaluate {cfg.facts}")
+        return dict(facts=n)
     rng = random.Random(cfg.seed)
     if cfg.split == "train":
         for make in (document, instruction, conversation):
