@@ -6,8 +6,10 @@ fused one never shows: how much each head attends to each token.
     weights[1, -1]                          # where head 1 of layer 2 looked, from the last token
     likeliest(logits[-1], k=5)              # the five likeliest next tokens
 
-The page of `python sample.py --web` shows both for each token that is clicked. Letters in the shape
-comments: T positions, C model dimension, H heads, K key/value heads, D head dimension, V vocabulary.
+The page of `python sample.py --web` shows both for each token that is clicked.
+
+Letters in the shape comments: T positions, C model dimension, H heads, K key/value heads, D head
+dimension, V vocabulary, M image vectors.
 """
 
 import math

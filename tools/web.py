@@ -126,7 +126,7 @@ def parse_number(value, name: str, kind: type, low: float, high: float):
 
 
 def is_text(value) -> bool:
-    """Whether it is a string that can be tokenized. JSON can spell half of a character: "\\ud83d"."""
+    """Whether it is a string of whole characters. JSON can spell half of one: "\\ud83d"."""
     if not isinstance(value, str):
         return False
     try:
@@ -242,8 +242,8 @@ class Service:
         return chat.prompt()
 
     def answer(self, question: Question, left: Callable[[], bool]) -> Iterator[dict]:
-        """Yields pieces of the answer: dict(text, token_ids), and at last, with neither, the
-        finish_reason and the usage. Ends early when the client has left."""
+        """Yields pieces of the answer, dict(text, token_ids, usage so far). The last one has no
+        text, but a finish_reason and notices. Ends early when the client has left."""
         with self.lock:
             if left():  # while it waited
                 return
@@ -253,16 +253,15 @@ class Service:
                 for text, stopped in cut_at_stop(pieces, question.stops):
                     if left():
                         return
-                    if text or stopped:
-                        ids = self.chat.reply_ids[n_given:]
-                        n_given += len(ids)
-                        yield dict(text=text, token_ids=ids)
+                    if text:
+                        ids = self.chat.reply_ids
+                        yield dict(text=text, token_ids=ids[n_given:], usage=usage(prompt, ids))
+                        n_given = len(ids)
             ids = self.chat.reply_ids
             ended = ids[-1:] == [self.chat.tokenizer.eos] or self.chat.text_of(ids, True)[1]
-            usage = dict(prompt_tokens=len(prompt), completion_tokens=len(ids),
-                         total_tokens=len(prompt) + len(ids))
-            yield dict(text="", token_ids=ids[n_given:], usage=usage, notices=self.chat.notices,
-                       finish_reason="stop" if ended or stopped else "length")
+            yield dict(text="", token_ids=ids[n_given:], usage=usage(prompt, ids),
+                       finish_reason="stop" if ended or stopped else "length",
+                       notices=self.chat.notices)
 
     def look_inside(self, body: dict) -> dict:
         """For the token that follows the ids body["before"] of an answer: the likeliest tokens in
@@ -293,12 +292,17 @@ class Service:
                     prompt_tokens=len(prompt))
 
     def spell(self, token: int) -> str:
-        """One token as the page shows it, with its space: byte pieces such as <0x0A> as they are."""
+        """One token as the page shows it, with its space; a byte is spelled out, as in <0x0A>."""
         if token == model.IMAGE_SLOT:
             return "▦"
         if token >= self.chat.tokenizer.vocab_size:  # padding of some published models
             return f"<{token}>"
         return self.chat.tokenizer.sp.id_to_piece(token).replace("▁", " ")
+
+
+def usage(prompt: list[int], ids: list[int]) -> dict:
+    return dict(prompt_tokens=len(prompt), completion_tokens=len(ids),
+                total_tokens=len(prompt) + len(ids))
 
 
 def cut_at_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[tuple[str, bool]]:
@@ -420,7 +424,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_answer(self, question: Question, pieces: Iterator[dict]) -> None:
         pieces = list(pieces)
-        if not pieces or "usage" not in pieces[-1]:
+        if not pieces or "finish_reason" not in pieces[-1]:
             raise ConnectionAbortedError  # the client has left
         last = pieces[-1]
         message = dict(role="assistant", content="".join(piece["text"] for piece in pieces))
@@ -432,23 +436,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_stream(self, question: Question, pieces: Iterator[dict]) -> None:
         head = self.head("chat.completion.chunk")
-        if question.include_usage:
-            head["usage"] = None
         for piece in pieces:  # the first comes before the headers: an error can still be a 400
-            delta, usage = dict(content=piece["text"]), piece.get("usage")
+            delta = dict(content=piece["text"]) if piece["text"] else {}
             if not self.streaming:
                 self.start_stream()
                 delta["role"] = "assistant"
             choice = dict(index=0, delta=delta, finish_reason=piece.get("finish_reason"))
+            event = dict(head, choices=[choice])
             if question.return_token_ids:
-                choice["token_ids"] = piece["token_ids"]
-            if usage is None:
-                self.send_event(dict(head, choices=[choice]))
-                continue
-            choice["delta"].pop("content")
-            self.send_event(dict(head, choices=[choice], notices=piece["notices"]))
+                choice["token_ids"], event["usage"] = piece["token_ids"], piece["usage"]
+            if "notices" in piece:
+                event["notices"] = piece["notices"]
+            self.send_event(event)
+        if "finish_reason" in piece:
             if question.include_usage:
-                self.send_event(dict(head, choices=[], usage=usage))
+                self.send_event(dict(head, choices=[], usage=piece["usage"]))
             self.send_event("[DONE]")
 
     def start_stream(self) -> None:
