@@ -248,9 +248,8 @@ class Service:
             if left():  # while it waited
                 return
             prompt, n_given = self.prompt(question), 0
-            stopped = False
             with contextlib.closing(self.chat.stream(prompt, attempt=0)) as pieces:
-                for text, stopped in cut_at_stop(pieces, question.stops):
+                for text, stopped in cut_at_stop(pieces, question.stops):  # noqa: B007
                     if left():
                         return
                     if text:
@@ -435,7 +434,7 @@ class Handler(BaseHTTPRequestHandler):
                                  usage=last["usage"], notices=last["notices"]))
 
     def send_stream(self, question: Question, pieces: Iterator[dict]) -> None:
-        head = self.head("chat.completion.chunk")
+        head, piece = self.head("chat.completion.chunk"), {}
         for piece in pieces:  # the first comes before the headers: an error can still be a 400
             delta = dict(content=piece["text"]) if piece["text"] else {}
             if not self.streaming:
