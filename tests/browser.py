@@ -1,5 +1,5 @@
-"""A minimal driver of a headless Chromium, for the tests of the web page: the DevTools protocol over
-two pipes, a JSON message with a zero byte at its end each way."""
+"""A minimal driver of a headless Chromium, for the tests of the web page: the DevTools protocol
+over two pipes, with a zero byte after each JSON message."""
 
 import base64
 import contextlib
