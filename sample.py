@@ -63,6 +63,8 @@ class SampleConfig:
             raise UserError(f"--top_p={self.top_p} must be at most 1")
         if self.prompt and self.temperature == 0:
             refuse_unused(self, ("top_k", "top_p", "seed"), "temperature 0 is greedy")
+        if self.port > 65535:
+            raise UserError(f"--port={self.port} must be at most 65535")
         if self.web:
             refuse_unused(self, ("prompt", "image"), "the page of --web asks for them")
         else:
