@@ -61,7 +61,7 @@ class Page:
             raise RuntimeError(f"{script}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def until(self, script: str, seconds: float = 30):
+    def until(self, script: str, seconds: float = 120):
         """Waits until the expression is true; returns its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):
