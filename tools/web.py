@@ -349,7 +349,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client has left
             self.close_connection = True
         except Exception as error:  # ours: it is told here, and not to the client
-            print(f"{self.command} {self.path}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
             self.send_problem(500, "the server failed; its terminal says why")
 
     def read_body(self) -> bytes:
@@ -363,7 +363,6 @@ class Handler(BaseHTTPRequestHandler):
     def discard_body(self) -> None:
         """Reads on for a moment. A connection that is closed with data unread is reset, and the
         client may never see the response."""
-        self.close_connection = True
         self.connection.settimeout(1)
         with contextlib.suppress(OSError):
             for _ in range(4 * MAX_BODY // 2 ** 16):
@@ -381,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(f"foreign Origin header {origin!r}", status=403)
 
     def get(self) -> None:
-        path, entry = urllib.parse.urlsplit(self.path).path, self.server.service.model
+        path, entry = self.path.partition("?")[0], self.server.service.model
         if path == "/":
             self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif path == "/v1/models":
@@ -392,7 +391,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(f"nothing at GET {path}", status=404)
 
     def post(self) -> None:
-        path, service = urllib.parse.urlsplit(self.path).path, self.server.service
+        path, service = self.path.partition("?")[0], self.server.service
         if path not in ("/v1/chat/completions", "/inside"):
             raise RequestError(f"nothing at POST {path}", status=404)
         try:
@@ -472,6 +471,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Security-Policy", PAGE_POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
         if status >= 400:
+            self.close_connection = True
+            self.send_header("Connection", "close")
             self.send_header("x-should-retry", "false")  # the openai client would ask again
         self.end_headers()
         self.wfile.write(content)
@@ -487,7 +488,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """Called by the standard library for what is not HTTP, and for methods without a do_X."""
-        self.streaming, self.close_connection = False, True
+        self.streaming = False
         self.send_problem(405 if code == 501 else code, message or "no such method")
 
     def log_message(self, *_):
@@ -501,6 +502,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, service: Service, host: str, port: int):
         self.service, self.host = service, host
         super().__init__((host, port), Handler)
+
+    def handle_error(self, *_):
+        pass  # the client has left between two requests
 
     def is_own(self, host: str) -> bool:
         """Whether a Host header names this server. No foreign page is on a bare IP address of ours,
