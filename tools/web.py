@@ -526,5 +526,5 @@ def serve(chat, host: str, port: int) -> None:
         print(f"warning: everybody who can reach {host} can use this model; there is no password",
               file=sys.stderr)
     print(f"chat: {url}\nOpenAI's API: {url}/v1\nCtrl-C ends it.", flush=True)
-    with contextlib.closing(server):
+    with server:
         server.serve_forever()
