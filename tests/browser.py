@@ -14,8 +14,8 @@ from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Chromium reads commands from file descriptor 3 and writes to 4.
-AS_3_AND_4 = """import os, sys
-r, w = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))
+AS_3_AND_4 = """import fcntl, os, sys
+r, w = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
 os.dup2(r, 3), os.dup2(w, 4)
 os.execv(sys.argv[3], sys.argv[3:])"""
 
