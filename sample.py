@@ -6,6 +6,7 @@
     cat questions.txt | python sample.py            # one message per line, answers on stdout
     python sample.py --ckpt=out/minigpt4 --image=photo.jpg       # about a picture
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
+    python sample.py --web                          # as a web page, and with OpenAI's API
 
 In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
 an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
@@ -50,15 +51,24 @@ class SampleConfig:
     threads: int = 0  # CPU threads; 0: OMP_NUM_THREADS, else one per core
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 above 1 B parameters
     quantize: Literal["", "q8", "q4"] = ""  # quantize to llama.cpp's 8- or 4-bit blocks
+    web: bool = False  # serve a web page and OpenAI's API, to this machine only
+    host: str = "127.0.0.1"  # with --web: another address, such as 0.0.0.0, lets others in
+    port: int = 8000  # with --web; 0: any free one
 
     def __post_init__(self):
-        config.check_at_least(self, 0, "temperature", "top_k", "threads")
+        config.check_at_least(self, 0, "temperature", "top_k", "threads", "port")
         config.check_at_least(self, 1, "max_new_tokens")
         config.check_above(self, 0, "top_p", "repetition_penalty")
         if self.top_p > 1:
             raise UserError(f"--top_p={self.top_p} must be at most 1")
         if self.prompt and self.temperature == 0:
             refuse_unused(self, ("top_k", "top_p", "seed"), "temperature 0 is greedy")
+        if self.port > 65535:
+            raise UserError(f"--port={self.port} must be at most 65535")
+        if self.web:
+            refuse_unused(self, ("prompt", "image"), "the page of --web asks for them")
+        else:
+            refuse_unused(self, ("host", "port"), "it is for --web")
 
 
 class Picture(NamedTuple):
@@ -85,6 +95,8 @@ class Chat:
         self.system: str | None = None  # set by load()
         self.pictures: list[Picture] = []  # of the turns that have one, in order
         self.pending: Picture | None = None  # for the next question
+        self.name = ""  # of the model
+        self.reply_ids: list[int] = []  # tokens of the last reply
         self.n_opened = self.n_retries = 0
         self.notices: list[str] = []  # what the user should know about the last answer
         self.speed = ""
@@ -159,6 +171,7 @@ class Chat:
             cfg.repetition_penalty, stop=self.tokenizer.eos, seed=cfg.seed + attempt,
             images=images, cache=self.cache)
         ids, said, start, ended = [], "", time.perf_counter(), False
+        self.reply_ids = ids
         try:
             for (token,) in tokens:  # a batch of one
                 ids.append(token)
@@ -298,6 +311,7 @@ def open_chat(cfg: SampleConfig) -> Chat:
     template = cfg.template or data.CHAT_TEMPLATES.get(trained_in, trained_in)
     window = checkpoint.window(meta, net.config)
     chat = Chat(net, data.Tokenizer(path), template, cfg, window)
+    chat.name = folder.resolve().name
     if cfg.image:
         chat.show_image(cfg.image)
     return chat
@@ -367,6 +381,10 @@ def read_line(interactive: bool) -> str | None:
 
 def main(cfg: SampleConfig) -> dict:
     chat = open_chat(cfg)
+    if cfg.web:
+        from tools import web
+        web.serve(chat, cfg.host, cfg.port)
+        return {}
     if cfg.prompt:
         print_answer(chat, chat.answer(cfg.prompt))
         return dict(rounds=1, speed=chat.speed)

@@ -35,7 +35,18 @@ import train_vlm
 import vision
 from conftest import ROOT, our_modules
 from recipes import identity, koala, openassistant, self_instruct, sharegpt
-from tools import bench, checkpoint, config, convert, estimate, evaluate, machine, quantize, teacher
+from tools import (
+    bench,
+    checkpoint,
+    config,
+    convert,
+    estimate,
+    evaluate,
+    machine,
+    quantize,
+    teacher,
+    web,
+)
 from toy import exam, pictures, world
 
 MICRO = ROOT / "tests" / "micro"
@@ -368,8 +379,13 @@ def spy_on_sample(record: Record) -> None:
     def about_picture(net, *args, images=None, **options):
         return None if images is None else digest(images)
 
+    def served(chat, host, port):
+        about = {**web.Service(chat).model, "created": 0}
+        return about, chat.cfg.seed, host, port
+
     record.spy(vision, "load", lambda *args, **options: (args, options))
     record.spy(model.LLaMA, "generate", about_picture)
+    record.spy(web, "serve", served, instead=lambda *_: None)
     record.spy(torch, "set_num_threads", instead=lambda *_: None)
     record.patch.setattr("sys.stdin", io.StringIO("What is this?\n/retry\n"))
     record.patch.setattr(sample.time, "perf_counter", lambda: 0.0)  # it prints tokens per second
@@ -380,13 +396,14 @@ SCRIPTS["sample"] = Script(sample.SampleConfig, sample.main, {
     "greedy": dict(SAMPLE_MODE, prompt="Hi"),
     "sampling": dict(SAMPLE_MODE, prompt="Hi", temperature=2.0),
     "chat": SAMPLE_MODE,
+    "web": dict(SAMPLE_MODE, web=True),
     "about a picture": dict(SAMPLE_MODE, ckpt="FILES/published/align", prompt="Hi",
                             image="FILES/album/image/0.png"),
 }, dict(
     ckpt="FILES/other_base", image="FILES/album/image/1.png",
     prompt="Who are you?", template="koala", max_new_tokens=6, temperature=1.0, top_k=3, top_p=0.6,
     repetition_penalty=1.9, seed=7, device="cuda", dtype="float32", quantize="q8",
-    threads=2,
+    threads=2, web=(True, False), host="0.0.0.0", port=8001,
 ), spy_on_sample)
 
 
