@@ -47,7 +47,7 @@ from tools import (
     teacher,
     web,
 )
-from toy import exam, pictures, world
+from toy import exam, pictures, probe, world
 
 MICRO = ROOT / "tests" / "micro"
 
@@ -446,6 +446,18 @@ SCRIPTS["evaluate"] = Script(evaluate.EvaluateConfig, evaluate.main, {
     "quiz": dict(file="FILES/quiz.jsonl", ckpt="FILES/wide"),
 }, dict(file="FILES/other_quiz.jsonl", ckpt="FILES/other_wide", shots=2, normalize="answer",
         device="cuda", dtype="bfloat16", quantize="q8"), spy_on_evaluate)
+
+
+def spy_on_exam(record: Record) -> None:
+    record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
+    record.patch.setattr(exam, "ALL_ROWS", exam.SHORT_ROWS)
+    record.spy(checkpoint, "load", lambda *args, **options: (args, options))
+    record.spy(probe, "probe", instead=lambda out, n: {})
+
+
+SCRIPTS["exam"] = Script(exam.ExamConfig, exam.main, {
+    "exam": dict(ckpt=str(MICRO), questions=1), "probe": dict(probe=True),
+}, dict(ckpt="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
 
 
 # -- tools/bench.py: nothing is timed -------------------------------------------------------------

@@ -102,7 +102,8 @@ class ReplyCache:
                 continue  # empty, or truncated when the machine stopped
 
     def add(self, key: str, reply: Reply) -> None:
-        self.replies[key] = reply
+        text = reply.text.encode("utf-8", "replace").decode()  # no file can hold half a character
+        self.replies[key] = reply = reply._replace(text=text)
         line = json.dumps(dict(key=key, **reply._asdict()), ensure_ascii=False)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + line)  # newline first: the last line may be truncated
