@@ -416,8 +416,7 @@ def answers(page) -> list[str]:
     return page.run("rounds.map(round => textOf(round.answer))")
 
 
-# Once in about twenty runs on a busy machine, the page did not get an answer; the reason is not known
-# yet.
+# Once in about twenty runs on a busy machine, a wait in it did not end; the reason is not known.
 @pytest.mark.flaky(reruns=2)
 def test_the_page_in_a_browser(server, page, tmp_path):
     """A chat as a person has it: type, stream, stop, retry, edit, undo, save, load, a picture, and
