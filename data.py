@@ -298,7 +298,7 @@ def question_spans(conversation: Conversation, i: int, t: Template) -> Iterator[
     if turn.input and t.ask_with_input:
         system, ask = t.system_with_input, t.ask_with_input
     elif turn.input:
-        text = f"{text}\n{turn.input}"
+        text = turn.whole()
     if conversation.extra.get("rejected") is True and i >= len(conversation.turns) - 2:
         ask = t.ask_rejected
     if conversation.system is not None:

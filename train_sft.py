@@ -642,15 +642,16 @@ def toy_chain(cfg: SFTConfig, machine: Machine) -> dict:
                   "it is only for --data=FILE")
     if cfg.stage != "all" or machine.sharded:
         raise UserError("--stage and torchrun need --data=FILE; the toy chain is for one process")
+    shape = model.PRESETS[cfg.preset]
+    if 2 * cfg.seq_len > shape.get("max_seq_len", 2048):
+        raise UserError(f"--seq_len={cfg.seq_len}: Vicuna's rows are twice as long, which is more "
+                        f"than the positions of {cfg.preset}")
     began, sizes, out = time.time(), FAST if cfg.fast else TOY, Path(cfg.out)
     if cfg.optimizer == "auto":
         cfg = replace(cfg, optimizer="muon")
     files = world.write_files(out / "data", sizes, cfg.seed)
     tokenizer = exam.toy_tokenizer(files, cfg.vocab_size, out / "data" / "toy.model")
-    shape, base = model.PRESETS[cfg.preset], str(out / "base")
-    if 2 * cfg.seq_len > shape.get("max_seq_len", 2048):
-        raise UserError(f"--seq_len={cfg.seq_len}: Vicuna's rows are twice as long, which is more "
-                        f"than the positions of {cfg.preset}")
+    base = str(out / "base")
     steps = {name: cfg.steps or sizes[name] for name in ("base", "alpaca", "vicuna")}
     if cfg.full:
         steps["random-init"] = steps["vicuna"]

@@ -137,16 +137,23 @@ def share_right(right: list[bool], split: str) -> float:
     return sum(right) / len(right)
 
 
+def answer(play: Player, items: list) -> tuple[list[bool], list[bool]]:
+    """Which of a player's replies are right, and which ended. A reply that was cut off does not
+    count, whatever it says."""
+    replies, ended = play(items)
+    right = [end and world.grade(item.question, reply) == 1
+             for item, reply, end in zip(items, replies, ended)]
+    return right, ended
+
+
 def examine(players: dict[str, Player], rows: dict, n: int) -> tuple[dict, dict]:
-    """The share of right answers, table[row][player]; and whether each of a player's replies ended.
-    A reply that was cut off does not count, whatever it says."""
+    """The share of right answers, table[row][player]; and whether each of a player's replies
+    ended."""
     table, ends = {}, {}
     for split in rows:
         items = world.test_set(split, n)
         for name, play in tqdm(players.items(), desc=f"exam: {rows[split]}", leave=False):
-            replies, ended = play(items)
-            right = [end and world.grade(item.question, reply) == 1
-                     for item, reply, end in zip(items, replies, ended)]
+            right, ended = answer(play, items)
             table.setdefault(split, {})[name] = share_right(right, split)
             ends.setdefault(name, []).extend(ended)
     return table, ends
@@ -320,6 +327,11 @@ def add_minimal_pair(e: PictureExam, rng: random.Random) -> None:
         e.questions.append(item.question)
 
 
+def instructions(n: int) -> list[str]:
+    """Requests for n descriptions."""
+    return [data.IMAGE_INSTRUCTIONS[i % len(data.IMAGE_INSTRUCTIONS)] for i in range(n)]
+
+
 def exact(scene: world.Scene, description: str) -> bool:
     """Does it describe all objects, and no others?"""
     return world.found("objects", description) == set(scene)
@@ -392,7 +404,7 @@ def see_and_tell(players: dict[str, Callable], n: int, splits: Sequence[str]) ->
     for split in splits:
         e = picture_exam(split, n)
         told = [world.tell(scene, rng) for scene in e.scenes]
-        wishes = [data.IMAGE_INSTRUCTIONS[i % 4] for i in range(len(told))]
+        wishes = instructions(len(told))
         questions = [q.text for q in e.questions]
         for name, play in players.items():
             said = play(e, wishes, [f"{t} Describe the scene." for t in told])

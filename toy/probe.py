@@ -46,9 +46,9 @@ def probe(out: Path, n: int) -> dict:
                               ("projection after stage 2", final),
                               ("least-squares projection", ridge)):
             net.llama_proj.load_state_dict(weights)
-            replies = describe(net, vlm, instructions(n), list(features.split(1)))
+            replies = describe(net, vlm, exam.instructions(n), list(features.split(1)))
             rows[name] = exact_share(e.scenes, replies)
-        replies = describe(vlm.llama, vlm, instructions(n), embed_symbols(vlm, e.scenes))
+        replies = describe(vlm.llama, vlm, exam.instructions(n), embed_symbols(vlm, e.scenes))
         rows["exact embeddings in the slots"] = exact_share(e.scenes, replies)
         rows |= in_words(vlm, e.scenes)
         for row, share in rows.items():
@@ -79,10 +79,6 @@ def describe(net, vlm: train_vlm.VLMRun, texts: Sequence[str],
     return [reply if end else "" for reply, end in zip(replies, ended)]
 
 
-def instructions(n: int) -> list[str]:
-    return [data.IMAGE_INSTRUCTIONS[i % len(data.IMAGE_INSTRUCTIONS)] for i in range(n)]
-
-
 def exact_share(scenes: Sequence, replies: Sequence[str]) -> float:
     return sum(map(exam.exact, scenes, replies)) / len(scenes)
 
@@ -97,7 +93,7 @@ def in_words(vlm: train_vlm.VLMRun, scenes: Sequence) -> dict:
     alt_texts = describe(vlm.llama, vlm, symbols)
     rows = {"bare words, true alt-text": sum(map(is_true, scenes, alt_texts)) / len(scenes)}
     for name, told in (("bare words", symbols), ("sentences", sentences)):
-        asked = [f"{text} {wish}" for text, wish in zip(told, instructions(len(told)))]
+        asked = [f"{text} {wish}" for text, wish in zip(told, exam.instructions(len(told)))]
         rows[name] = exact_share(scenes, describe(vlm.llama, vlm, asked))
     return rows
 
@@ -159,9 +155,7 @@ def share_recalled(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
     prompts of about this many tokens."""
     rng = random.Random(tokens)
     items = [far_item(vlm, tokens, rng) for _ in range(n)]
-    replies, ended = exam.model_player(vlm.llama, vlm.tokenizer, vlm.template)(items)
-    right = [end and world.grade(item.question, reply) == 1
-             for item, reply, end in zip(items, replies, ended)]
+    right, _ = exam.answer(exam.model_player(vlm.llama, vlm.tokenizer, vlm.template), items)
     return sum(right) / n
 
 
