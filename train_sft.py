@@ -628,7 +628,7 @@ def choose_base(cfg: SFTConfig) -> tuple[str, str]:
 
 # Sizes of the data, steps of each stage, and questions in each row of the exam. "equal": the steps
 # after which Alpaca has seen about as many supervised tokens as Vicuna.
-TOY = dict(documents=16000, instructions=6000, conversations=12000, base=760, alpaca=100,
+TOY = dict(documents=16000, instructions=6000, conversations=12000, base=1200, alpaca=100,
            vicuna=1500, equal=5200, questions=100)
 FAST = dict(documents=6000, instructions=3000, conversations=5000, base=170, alpaca=40,
             vicuna=150, equal=520, questions=50)

@@ -666,8 +666,9 @@ def scene_document(rng: random.Random) -> str:
     predictable; the loss of unpredictable ones is noise that hides the signal for retrieval."""
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
-    # Color and place are most frequent, since they are learned last.
-    kinds = ("color", "where", "size", "where", "at", "color", "where", "shape", "at")
+    # Places are most frequent, since they are learned last: five statements in eleven.
+    kinds = ("where", "color", "where", "size", "where", "at", "where", "color", "where", "shape",
+             "at")
     turn = rng.randrange(len(kinds))
     while len(lines) < 13:
         kind, o = kinds[turn % len(kinds)], rng.choice(scene)
@@ -838,7 +839,7 @@ class Dialogue:
                 self.focus = named[0]
 
 
-MAX_DETOUR = 16  # then a conversation has about 510 tokens
+MAX_DETOUR = 14  # with up to four other rounds, a conversation has about 510 tokens
 
 
 def converse(rng: random.Random, split: str = "train", rounds: int | None = None,
@@ -873,7 +874,7 @@ def conversation(rng: random.Random) -> dict:
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
         if style < 0.45:
-            item = converse(rng, rounds=2, detour=rng.randint(1, MAX_DETOUR))
+            item = converse(rng, rounds=rng.randint(2, 4), detour=rng.randint(1, MAX_DETOUR))
         else:
             item = converse(rng)
         turns = [*item.turns, ["assistant", item.question.full]]
