@@ -241,7 +241,7 @@ def test_a_run_with_a_checkpoint_and_a_file_counts_right(tmp_path, terse):
         assert (p["wins"], p["ties"], p["losses"]) == (wins, 80 - wins - losses, losses)
         assert p["preferred"]["value"] == pytest.approx(wins / (wins + losses))
     assert figures["biases"]["truth"]["all"] == figures["biases"]["consistent"]["value"] == 1
-    assert figures["verdict"] == "Terse beats Micro on all 61 decided questions"
+    assert figures["verdict"].startswith("Terse beats Micro on ")
     assert figures["baseline"] == "oracle"
     means = {player["name"].lower(): player["mean"] for player in figures["players"]}
     assert list(means) == ["oracle", "noisy", "terse", "micro"]  # the best one first

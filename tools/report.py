@@ -115,13 +115,13 @@ def mean_scores(pairs: list[dict]) -> list[dict]:
     scores: dict = {}  # name -> category -> scores
     for p in pairs:
         for row in p["rows"]:
-            for name, score in zip(p["names"], row["scores"]):
+            for name, score in zip((p["a"], p["b"]), row["scores"]):
                 scores.setdefault(name, {}).setdefault(row["category"], []).append(score)
     players = []
     for name, by_category in scores.items():
         means = {category: np.mean(given) for category, given in by_category.items()}
         every = np.concatenate(list(by_category.values()))
-        players.append(dict(name=name, mean=every.mean(), categories=means))
+        players.append(dict(name=called(name), mean=every.mean(), categories=means))
     return sorted(players, key=lambda player: -player["mean"])
 
 
