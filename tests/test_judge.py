@@ -10,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import browser
 import judge
 from test_teacher import KEY, fake  # noqa: F401  (fake is a fixture)
 from tools import config, teacher
 from tools.config import UserError
-from tools.report import agreement, compare, print_report
+from tools.report import PAGE, agreement, biases, compare, findings, main_pair, print_report
+from toy import pictures, world
 
 ROOT = Path(judge.__file__).parent
 MICRO = ROOT / "tests" / "micro"
@@ -238,6 +241,12 @@ def test_a_run_with_a_checkpoint_and_a_file_counts_right(tmp_path, terse):
         assert (p["wins"], p["ties"], p["losses"]) == (wins, 80 - wins - losses, losses)
         assert p["preferred"]["value"] == pytest.approx(wins / (wins + losses))
     assert figures["biases"]["truth"]["all"] == figures["biases"]["consistent"]["value"] == 1
+    assert figures["verdict"].startswith("Terse beats Micro on ")
+    assert figures["baseline"] == "oracle"
+    means = {player["name"].lower(): player["mean"] for player in figures["players"]}
+    assert list(means) == ["oracle", "noisy", "terse", "micro"]  # the best one first
+    for name, mean in means.items():
+        assert mean == pytest.approx(sum(1 + 9 * g for g in grades[name]) / 80)
     record = lines(tmp_path / "review" / "review_oracle_terse.jsonl")[4]
     assert set(record) == {"review_id", "question_id", "answer1_id", "answer2_id", "text", "score",
                            "reviewer_id", "metadata"}  # as published
@@ -251,7 +260,9 @@ def test_both_orders_remove_a_position_bias(tmp_path, capsys):
     both = run(tmp_path / "both", judge="first")
     pair = both["pairs"][0]
     assert pair["wins"] == 0 and pair["losses"] <= honest["losses"]
-    assert "BIAS: the judge prefers the first answer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "No position bias found: both orders agree on 100%" in printed  # the honest judge
+    assert "The judge prefers the first answer: both orders agree on " in printed
     assert both["biases"]["position"]["low"] > 0 and both["biases"]["consistent"]["value"] < 0.5
     equal = [r for r in pair["rows"] if r["truth"] == 0]
     assert equal and all(r["scores"][0] == r["scores"][1] for r in equal)
@@ -263,8 +274,8 @@ def test_a_length_bias_is_detected(tmp_path, capsys, terse):
     for judge_kind in ("oracle", "longer"):
         figures = run(tmp_path / judge_kind, players=f"{terse},oracle", judge=judge_kind)
         printed = capsys.readouterr().out
-        assert ("BIAS" in printed) == (judge_kind == "longer")
-    assert "BIAS: the judge prefers longer answers" in printed
+        assert ("The judge prefers longer answers" in printed) == (judge_kind == "longer")
+        assert ("No length bias found" in printed) == (judge_kind == "oracle")
     assert figures["biases"]["length"]["low"] > 0 and figures["biases"]["truth"]["all"] < 1
 
 
@@ -428,7 +439,7 @@ def test_people_rate_blind_and_their_agreement_is_counted(tmp_path, capsys, monk
     assert (b["people_people"]["n"], b["people"]["n"]) == (40, 120)
     # the judge knows the truth, and so does anna
     assert b["people"]["all"] == pytest.approx((80 + same) / 120)
-    assert "Agreement of judge and people: " in capsys.readouterr().out
+    assert "The judge agrees with people on " in capsys.readouterr().out
 
 
 def test_a_rating_of_unknown_words_is_refused(tmp_path):
@@ -465,6 +476,58 @@ def test_agreement_with_and_without_ties():
     assert agreement([]) is None and agreement([(0, 1)])["decided"] is None
 
 
+# -- verdicts in words ----------------------------------------------------------------------------
+
+def played(a: str, b: str, wins: int, ties: int, losses: int) -> dict:
+    """The figures of a pair with so many wins of b."""
+    scores = [(5, 9)] * wins + [(7, 7)] * ties + [(9, 5)] * losses
+    order = {i: judge.Review(pair, "", ("x", "y")) for i, pair in enumerate(scores)}
+    return compare(a, b, [order], dict.fromkeys(range(80), "generic"), {}, {})
+
+
+@pytest.mark.parametrize("counts, words", [
+    ((46, 30, 4), "Vicuna beats Alpaca on 92% of decided questions"),
+    ((4, 30, 46), "Alpaca beats Vicuna on 92% of decided questions"),
+    ((57, 23, 0), "Vicuna beats Alpaca on all 57 decided questions"),
+    ((20, 44, 16), "Vicuna against Alpaca: too close to tell"),
+    ((5, 75, 0), "Vicuna against Alpaca: too few decided questions to tell"),  # a coin does it, too
+    ((0, 0, 6), "Alpaca beats Vicuna on all 6 decided questions"),
+    ((0, 80, 0), "Vicuna against Alpaca: too few decided questions to tell"),
+    ((0, 0, 0), "Vicuna against Alpaca: no readable review")], ids=str)
+def test_a_verdict_is_claimed_only_if_the_interval_excludes_a_coin(counts, words):
+    pair = played("alpaca", "vicuna", *counts)
+    assert pair["verdict"] == words
+    assert pair["record"] == "Vicuna against Alpaca: {} won, {} tied, {} lost".format(*counts)
+
+
+def test_the_evidence_for_a_verdict_is_seen_from_the_winner():
+    """The interval of a loser's 8% is turned around; 100% has none, since a bootstrap of equal
+    verdicts says [100, 100] however few there are."""
+    pair = played("gpt-4", "vicuna", 4, 30, 46)
+    low, high = map(int, re.search(r"interval (\d+)% to (\d+)%", pair["evidence"]).groups())
+    assert 80 <= low < 92 < high <= 100
+    assert pair["evidence"] == (f"gpt-4 won 46 of the 50 decided questions (95% interval {low}% to "
+                                f"{high}%); 30 of 80 questions tied")
+    assert played("a", "b", 3, 1, 0)["evidence"] == (
+        "B won 3 of the 3 decided questions; 1 of 4 questions tied; 76 left out, without readable "
+        "scores")
+
+
+def test_the_report_is_about_the_first_player_and_not_about_the_baseline():
+    """Review files are read in alphabetical order."""
+    names = ["base alpaca", "base noisy", "base vicuna", "alpaca vicuna", "noisy vicuna"]
+    pairs = [played(*pair.split(), 1, 1, 1) for pair in names]
+    assert main_pair(pairs)["title"] == "alpaca : vicuna"
+    assert main_pair(pairs[:1])["title"] == "base : alpaca"
+
+
+def test_a_judge_without_references_is_not_called_fair():
+    """Without a review in both orders, and without a known truth, no bias was tested."""
+    found = findings(biases(played("a", "b", 1, 1, 1)["rows"]))
+    assert [finding["verdict"] for finding in found] == ["Position bias was not measured"]
+    assert found[0]["biased"] is None
+
+
 # -- the page -------------------------------------------------------------------------------------
 
 EVIL = "</script><img src=x onerror=document.title='gone'>{{DATA}}"
@@ -490,3 +553,144 @@ def test_the_page_needs_no_network_and_no_answer_can_break_it(tmp_path, terse):
         assert "<title>Who answers better?</title>" in done.stdout
         assert done.stdout.count('class="case"') == 80
         assert "&lt;/script&gt;&lt;img" in done.stdout
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as WCAG 2 defines it."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    parts = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colors_can_be_read_and_told_apart_by_brightness(scheme):
+    """White on beige had a contrast of 2.1; won and lost were equally bright: one gray in print."""
+    blocks = re.findall(r":root \{(.*?)\}", PAGE.read_text(encoding="utf-8"), re.S)
+    colors = dict(re.findall(r"--([\w-]+): (#\w+);", blocks[scheme == "dark"]))
+    texts = [(text, fill) for text in ("text", "soft", "bad") for fill in ("page", "card")]
+    texts += [(name, name.removeprefix("on-")) for name in colors if name.startswith("on-")]
+    assert len(texts) == 16
+    for text, fill in texts:
+        assert contrast(colors[text], colors[fill]) >= 4.5, f"{text} on {fill}"
+    for one, other in (("won", "tied"), ("tied", "lost"), ("won", "lost")):
+        assert contrast(colors[one], colors[other]) > 1.6, f"{one} beside {other}"
+    heat = [luminance(colors[f"heat{i}"]) for i in range(6)]
+    assert heat == sorted(heat, reverse=scheme == "light")
+
+
+# The lowest contrast of a visible text with what is behind it.
+LOWEST_CONTRAST = """(() => {
+    const numbers = color => color.match(/[\\d.]+/g).map(Number);
+    const linear = c => c / 255 <= .04045 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4;
+    const bright = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b) + .05;
+    let lowest = [99, ""];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        let e = node.parentElement;
+        if (!node.data.trim() || !e.checkVisibility()) continue;
+        const text = bright(numbers(getComputedStyle(e).color));
+        while (numbers(getComputedStyle(e).backgroundColor)[3] === 0) e = e.parentElement;
+        const behind = bright(numbers(getComputedStyle(e).backgroundColor));
+        const contrast = Math.max(text, behind) / Math.min(text, behind);
+        if (contrast < lowest[0]) lowest = [contrast, node.data];
+    }
+    return lowest;
+})()"""
+SCENE = "<Img> small left green diamond ; nothing nothing nothing nothing nothing </Img>"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report in which names, categories, questions, answers and reviews are hostile."""
+    if not browser.CHROMIUM:
+        pytest.skip("no chromium")
+    folder = tmp_path_factory.mktemp("page")
+    turns = [[f"Look: {SCENE} Where is it?"], ["<Img> a green dragon </Img> Is it (a+ real?"],
+             ["First.", EVIL], ["Fourth."]]
+    write(folder / "question.jsonl", [
+        dict(question_id=i, category=EVIL if i == 2 else "generic", turns=texts)
+        for i, texts in enumerate(turns)])
+    name = "<img src=x onerror=document.title='gone'>"
+    for player, text in ((name, EVIL), ("b", "At left. " * 200)):
+        write(folder / "answer" / f"answer_{player}.jsonl",
+              [dict(question_id=i, answer_id=f"{player}{i}", text=text) for i in range(4)])
+    write(folder / f"review_{name}_b.jsonl", [
+        dict(question_id=i, text=f"5 {score}\n{EVIL} {'needle' * (i == 3)}", reviewer_id=EVIL,
+             answer1_id=f"{name}{i}", answer2_id=f"b{i}")
+        for i, score in enumerate((9, 2, 5, 9))])
+    figures = report(folder)
+    with browser.open_page(f"file://{folder}/report.html", folder / "profile") as page:
+        page.resize(1400, 900)
+        page.until("document.readyState == 'complete'")
+        page.figures = figures
+        yield page
+        assert not page.errors
+
+
+def test_nothing_of_the_data_runs_in_the_page(page):
+    assert page.run("document.querySelector('h1').textContent") == page.figures["verdict"]
+    assert "onerror" in page.figures["verdict"]
+    assert page.run("document.title") == "Who answers better?"
+    assert page.run("[document.images.length, document.scripts.length]") == [0, 2]
+
+
+def test_search_and_filters_of_the_page(page):
+    def shown() -> list[str]:
+        return page.run("[...document.querySelectorAll('.begin')].map(e => e.textContent[0])")
+
+    assert shown() == list("0123")
+    page.click("#search")
+    page.type("NEEDLE")  # only in a review, in lower case
+    assert shown() == ["3"] and page.run("document.querySelector('mark').textContent") == "needle"
+    page.run("get('search').select()")
+    page.type("(a+")  # is no pattern
+    assert shown() == ["1"]
+    page.run("get('search').value = ''; get('category').selectedIndex = 2; show()")
+    assert shown() == ["2"] and page.run("get('category').value") == EVIL
+    page.run("get('category').selectedIndex = 0")
+    page.click(".bar .won")  # a part of a bar shows its questions
+    assert shown() == ["0", "3"]
+    page.run("get('filter').value = 2; show()")
+    assert shown() == ["2"]
+    assert page.run("get('count').textContent") == "1 of 4 questions"
+    page.run("get('filter').value = 0; show()")
+
+
+def test_scenes_are_drawn_as_the_toy_world_draws_them(page):
+    assert page.run("document.querySelectorAll('.said .scene path').length") == 1
+    assert page.run("document.querySelector('.said .scene title').textContent") == (
+        "small green diamond at left")
+    assert "<Img> a green dragon </Img> Is it" in page.run("get('cases').textContent")
+    tables = page.run("[COLORS, CENTERS, RADIUS, Object.keys(SHAPES)]")
+    centers = {place: list(center) for place, center in pictures.CENTERS.items()}
+    colors = {color: list(rgb) for color, rgb in pictures.RGB.items()}
+    assert tables == [colors, centers, pictures.RADIUS, list(world.SHAPES)]
+    for shape in world.SHAPES:
+        inside = page.run(f"""(() => {{
+            draw(document.body, [{{size: "large", color: "red", shape: "{shape}", place: "top"}}]);
+            const path = document.body.lastChild.lastChild, inside = [];
+            for (let y = -1; y <= 1; y += .125) for (let x = -1; x <= 1; x += .125)
+                inside.push(path.isPointInFill(new DOMPoint(x, y)));
+            document.body.lastChild.remove();
+            return inside;
+        }})()""")
+        x, y = np.meshgrid(np.arange(-1, 1.01, 0.125), np.arange(-1, 1.01, 0.125))
+        outside = pictures.distance(shape, x, y).ravel()
+        wrong = (np.array(inside) != (outside < 0)) & (abs(outside) > 0.04)
+        assert not wrong.any(), shape
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_fits_and_can_be_read(page, width, scheme):
+    page.resize(width, 900, scheme)
+    page.run("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    assert page.run("document.documentElement.scrollWidth <= innerWidth")
+    lowest, text = page.run(LOWEST_CONTRAST)
+    assert lowest >= 4.5, text

@@ -76,9 +76,10 @@ def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
                    for c in dict.fromkeys(r["category"] for r in rows)}
     verdicts = Counter(r["verdict"] for r in rows)
     preferred = ratio(rows, lambda r: r["verdict"] == 1, lambda r: r["verdict"] != 0)
-    return dict(totals(rows), a=a, b=b, title=f"{a} : {b}", left_out=left_out, rows=rows,
+    pair = dict(totals(rows), a=a, b=b, title=f"{a} : {b}", left_out=left_out, rows=rows,
                 wins=verdicts[1], ties=verdicts[0], losses=verdicts[-1], preferred=preferred,
                 categories=by_category)
+    return dict(pair, **in_words(pair))
 
 
 def outcome(reviews: list) -> dict:
@@ -107,6 +108,35 @@ def about_answers(review, answers: dict) -> dict:
 def totals(rows: list[dict]) -> dict:
     return dict(n=len(rows), totals=[sum(r["scores"][k] for r in rows) for k in (0, 1)],
                 percent=ratio(rows, lambda r: r["scores"][1], lambda r: r["scores"][0]))
+
+
+def mean_scores(pairs: list[dict]) -> list[dict]:
+    """Each player's mean score, over all its reviews and by category; the best player first."""
+    scores: dict = {}  # name -> category -> scores
+    for p in pairs:
+        for row in p["rows"]:
+            for name, score in zip((p["a"], p["b"]), row["scores"]):
+                scores.setdefault(name, {}).setdefault(row["category"], []).append(score)
+    players = []
+    for name, by_category in scores.items():
+        means = {category: np.mean(given) for category, given in by_category.items()}
+        every = np.concatenate(list(by_category.values()))
+        players.append(dict(name=called(name), mean=every.mean(), categories=means))
+    return sorted(players, key=lambda player: -player["mean"])
+
+
+def baseline_of(pairs: list[dict]) -> str:
+    """The player that most pairs are compared with; "" if there is none."""
+    name, count = Counter(p["a"] for p in pairs).most_common(1)[0]
+    return name if count > 1 and count > len(pairs) / 2 else ""
+
+
+def main_pair(pairs: list[dict]) -> dict:
+    """The pair that the report is about: the player in most pairs against another one that is not
+    the baseline."""
+    tested = Counter(p["b"] for p in pairs).most_common(1)[0][0]
+    others = [p for p in pairs if p["b"] == tested and p["a"] != baseline_of(pairs)]
+    return (others or pairs)[0]
 
 
 def agreement(votes: Sequence[tuple[int, int]]) -> dict | None:
@@ -142,36 +172,105 @@ def biases(rows: list[dict]) -> dict:
         people=agreement(votes), people_people=agreement(between_people))
 
 
-# -- the report -----------------------------------------------------------------------------------
+# -- figures in words -----------------------------------------------------------------------------
 
-def findings(b: dict) -> list[str]:
-    """The judge's biases in sentences, for the terminal and the page."""
-    found = ["Position bias: not measured, since no question has a review in both orders"]
-    if b["consistent"]:
-        first, second = percent(b["first"]), percent(b["second"])
-        found = [f"Both orders agree on {percent(b['consistent'])} of the questions; {first} lean "
-                 f"to the answer shown first, {second} to the one shown second"
-                 + bias(b["position"], "the first answer", "the second answer")]
-    if b["longer_wins"]:
-        found.append(f"Without ties, the longer answer wins {percent(b['longer_wins'])}")
-    if b["length"]:
-        found.append("Two equally right answers: win rate of the longer minus that of the shorter "
-                     + percent(b["length"])
-                     + bias(b["length"], "longer answers", "shorter answers"))
-    for key, who in (("truth", "judge and truth"), ("people", "judge and people"),
-                     ("people_people", "people and people")):
+# Fewer decided questions prove nothing: chance alone gives one player all of 5 one time in 16.
+ENOUGH_DECIDED = 6
+
+
+def called(name: str) -> str:
+    """The name in a sentence: "vicuna" becomes "Vicuna", and "gpt-3.5-turbo" stays."""
+    return name.capitalize() if name.isalpha() and name.islower() else name
+
+
+def in_words(p: dict) -> dict:
+    """The result of a pair in words: what b won, who is better, and what that rests on."""
+    a, b = called(p["a"]), called(p["b"])
+    decided, likely = p["wins"] + p["losses"], interval(p)
+    better, won = (b, p["wins"]) if p["wins"] >= p["losses"] else (a, p["losses"])
+    evidence = [f"{p['ties']} of {p['n']} questions tied"]
+    if decided:
+        evidence.insert(0, f"{better} won {won} of the {decided} decided questions{likely}")
+    if p["left_out"]:
+        evidence.append(f"{len(p['left_out'])} left out, without readable scores")
+    return dict(
+        names=[a, b], verdict=verdict(a, b, p), interval=likely, evidence="; ".join(evidence),
+        record=f"{b} against {a}: {p['wins']} won, {p['ties']} tied, {p['losses']} lost",
+        share=percent(p["percent"]))
+
+
+def verdict(a: str, b: str, p: dict) -> str:
+    """Who wins, if a 95% interval says so."""
+    wins, losses, preferred = p["wins"], p["losses"], p["preferred"]
+    if not p["n"]:
+        return f"{b} against {a}: no readable review"
+    if wins + losses < ENOUGH_DECIDED:
+        return f"{b} against {a}: too few decided questions to tell"
+    if preferred["low"] <= 0.5 <= preferred["high"]:
+        return f"{b} against {a}: too close to tell"
+    better, worse = (b, a) if wins > losses else (a, b)
+    share = f"{100 * max(wins, losses) / (wins + losses):.0f}% of"
+    if not wins or not losses:
+        share = f"all {wins + losses}"
+    return f"{better} beats {worse} on {share} decided questions"
+
+
+def interval(p: dict) -> str:
+    """The interval of the better player's share of decided questions. Without a single loss there
+    is none: drawing again from equal verdicts always gives 100%."""
+    if not p["wins"] or not p["losses"]:
+        return ""
+    low, high = p["preferred"]["low"], p["preferred"]["high"]
+    if p["losses"] > p["wins"]:
+        low, high = 1 - high, 1 - low
+    return f" (95% interval {100 * low:.0f}% to {100 * high:.0f}%)"
+
+
+def findings(b: dict) -> list[dict]:
+    """What is known about the judge, in words. `biased` is None where no bias was tested."""
+    found = [position_bias(b), length_bias(b)]
+    for key, who in (("truth", "The judge agrees with the truth"),
+                     ("people", "The judge agrees with people"),
+                     ("people_people", "People agree with each other")):
         figure = b[key]
         if figure and figure["n_decided"]:
-            every = f"{100 * figure['all']:.0f}% of {figure['n']} (chance 33%)"
-            decided = f"{100 * figure['decided']:.0f}% of the {figure['n_decided']}"
-            found.append(f"Agreement of {who}: {every}, {decided} without ties (chance 50%)")
-    return found
+            share, decided = f"{100 * figure['all']:.0f}%", f"{100 * figure['decided']:.0f}%"
+            why = (f"33% by chance; without ties {decided} of {figure['n_decided']}, "
+                   "50% by chance")
+            found.append(dict(verdict=f"{who} on {share} of {figure['n']} verdicts", why=why,
+                              biased=None))
+    return [finding for finding in found if finding]
 
 
-def bias(figure: dict, more: str, less: str) -> str:
-    if figure["low"] <= 0 <= figure["high"]:
-        return ""
-    return f". BIAS: the judge prefers {more if figure['low'] > 0 else less}"
+def position_bias(b: dict) -> dict:
+    if not b["consistent"]:
+        return dict(verdict="Position bias was not measured", biased=None,
+                    why="no question has a review in both orders")
+    why = (f"both orders agree on {percent(b['consistent'])} of the questions; "
+           f"{percent(b['first'])} lean to the answer shown first, "
+           f"{percent(b['second'])} to the one shown second")
+    return bias("position", b["position"], "the first answer", "the second answer", why)
+
+
+def length_bias(b: dict) -> dict | None:
+    if not b["longer_wins"]:
+        return None
+    longer = f"the longer answer wins {percent(b['longer_wins'])} of decided questions"
+    if not b["length"]:
+        return dict(verdict="Length bias was not measured", biased=None,
+                    why=f"no two answers are known to be equally right; {longer}")
+    why = ("of two equally right answers, the win rate of the longer minus that of the shorter is "
+           f"{percent(b['length'])}; over all, {longer}")
+    return bias("length", b["length"], "longer answers", "shorter answers", why)
+
+
+def bias(kind: str, figure: dict, more: str, less: str, why: str) -> dict:
+    """A finding: a bias only if the interval of its figure excludes 0."""
+    biased = not figure["low"] <= 0 <= figure["high"]
+    verdict = f"No {kind} bias found"
+    if biased:
+        verdict = f"The judge prefers {more if figure['low'] > 0 else less}"
+    return dict(verdict=verdict, why=why, biased=biased)
 
 
 def percent(figure: dict | None) -> str:
@@ -180,6 +279,8 @@ def percent(figure: dict | None) -> str:
     value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
     return f"{value:.0f}% [{low:.0f}, {high:.0f}]"
 
+
+# -- the report -----------------------------------------------------------------------------------
 
 def print_report(figures: dict) -> None:
     pairs = figures["pairs"]
@@ -195,15 +296,19 @@ def print_report(figures: dict) -> None:
         if p["left_out"]:
             print(f"{p['title']}: left out question {listing(p['left_out'])}: no readable scores "
                   '(add them to the review file, as in "score": [9, 8]), or no such question')
-    print("\n".join(figures["findings"]))
+    for finding in figures["findings"]:
+        print(f"{finding['verdict']}: {finding['why']}")
 
 
 def write_report(pairs: list[dict], questions: list, out: Path, judge: str) -> dict:
     """Prints the figures of all pairs, and writes them to `out`: report.json, and report.html with
     questions, answers and reviews."""
     measured = biases([row for p in pairs for row in p["rows"]])
-    figures = dict(judge=judge, questions=len(questions), pairs=pairs, biases=measured,
-                   findings=findings(measured))
+    shown = main_pair(pairs)
+    figures = dict(judge=judge, questions=len(questions), verdict=shown["verdict"],
+                   evidence=shown["evidence"], baseline=baseline_of(pairs), pairs=pairs,
+                   players=mean_scores(pairs), biases=measured, findings=findings(measured))
+    print(f"\n{shown['verdict']}. {shown['evidence']}.")
     print_report(figures)
     bare = [{k: v for k, v in p.items() if k != "rows"} for p in pairs]
     text = json.dumps(dict(figures, pairs=bare), indent=1, default=float)
