@@ -279,21 +279,13 @@ class Service:
             images = [picture.vectors for picture in shown]
             logits, weights = inside.forward_textbook(
                 chat.net, tokens, layer, torch.cat(images) if images else None)
-        likeliest = [dict(text=self.spell(token), probability=p, token=token)
+        likeliest = [dict(text=self.chat.spell(token), probability=p, token=token)
                      for token, p in inside.likeliest(logits[-1], k=5)]
         probability = logits[-1].float().softmax(-1)[ids[-1]].item()
         heads = [[round(weight, 4) for weight in head.tolist()] for head in weights[:, -1]]
-        return dict(likeliest=likeliest, text=self.spell(ids[-1]), probability=probability,
-                    heads=heads, tokens=[self.spell(token) for token in tokens],
+        return dict(likeliest=likeliest, text=self.chat.spell(ids[-1]), probability=probability,
+                    heads=heads, tokens=[self.chat.spell(token) for token in tokens],
                     prompt_tokens=len(prompt))
-
-    def spell(self, token: int) -> str:
-        """One token as the page shows it, with its space; a byte is spelled out, as in <0x0A>."""
-        if token == model.IMAGE_SLOT:
-            return "▦"
-        if token >= self.chat.tokenizer.vocab_size:  # padding of some published models
-            return f"<{token}>"
-        return self.chat.tokenizer.sp.id_to_piece(token).replace("▁", " ")
 
 
 def usage(prompt: list[int], ids: list[int]) -> dict:
