@@ -91,9 +91,11 @@ def print_answer(chat, pieces: Iterator[str]) -> None:
         print("(no picture yet: use /image FILE, or --image)", file=sys.stderr)
     with contextlib.closing(pieces):  # keeps what was said so far
         try:
-            for n, piece in enumerate(pieces):
-                if n == 0 and chat.template == "plain":
+            echo = chat.template == "plain"
+            for piece in pieces:
+                if echo:  # now the question is in the chat
                     print(chat.turns[-1].text, end="")
+                    echo = False
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
