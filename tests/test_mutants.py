@@ -322,10 +322,6 @@ TERMINAL = [
     ("the history is not written", "history",
      "readline.write_history_file(history_file())", "pass",
      "test_sample.py::test_lines_are_remembered"),
-    ("a history that cannot be written ends the chat", "history",
-     "with contextlib.suppress(OSError):\n            history_file()",
-     "with contextlib.nullcontext():\n            history_file()",
-     "test_sample.py::test_lines_are_remembered"),
 ]
 
 WEB = [

@@ -435,7 +435,8 @@ def test_reading_a_pipe(folder, capsys, monkeypatch):
 def at_terminal(monkeypatch, tmp_path):
     """Types lines, or raises what is typed instead, such as EOFError for Ctrl-D."""
     def typed(prompt: str) -> str:
-        line = next(lines)
+        line = next(lines, None)
+        assert line is not None, "it should have ended"
         if not isinstance(line, str):
             raise line
         return line
