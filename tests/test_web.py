@@ -452,6 +452,8 @@ def answers(page) -> list[str]:
     return page.run("rounds.map(round => textOf(round.answer))")
 
 
+# A wait in it once did not end, perhaps because a click missed its target: see Page.click.
+@pytest.mark.flaky(reruns=2)
 def test_the_page_in_a_browser(server, page, tmp_path):
     """A chat as a person has it: type, stream, stop, retry, edit, undo, save, load, a picture, and
     a click on a token."""
