@@ -8,17 +8,15 @@
     python sample.py --ckpt=out/base --prompt="Once there was"   # a base model continues text
     python sample.py --web                          # as a web page, and with OpenAI's API
 
-In the chat: /image FILE, /reset, /undo, /retry, /save FILE, /load FILE, /help, /quit. Ctrl-C stops
-an answer. The KV cache is reused between turns: only new tokens are processed. The context is as
-long as the model's training rows. When it is full, the oldest rounds are dropped (those with a
-picture last). That changes the prefix, so what is left is processed again; half a context is
-dropped at once, so that it happens rarely.
+In the chat, /help lists the commands, and Ctrl-C stops an answer.
+
+The KV cache is reused between turns: only new tokens are processed. The context is as long as the
+model's training rows. When it is full, the oldest rounds are dropped (those with a picture last).
+That changes the prefix, so what is left is processed again; half a context is dropped at once, so
+that it happens rarely.
 """
 
-import contextlib
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ import torch
 import data
 import model
 import vision
-from tools import checkpoint, config
+from tools import checkpoint, config, terminal
 from tools.config import UserError, refuse_unused
 from tools.machine import use_threads
 
@@ -90,13 +88,15 @@ class Chat:
         self.window = window or self.net.config.max_seq_len
         weight = self.net.tok_embeddings.weight
         self.cache = model.KVCache(self.net.config, 1, self.window, weight.dtype, weight.device)
+        self.device = weight.device
         self.cached: list[int] = []  # token ids, or -n for a slot of picture number n
         self.turns: list[data.Turn] = []
-        self.system: str | None = None  # set by load()
+        self.system: str | None = None  # None: the template's
         self.pictures: list[Picture] = []  # of the turns that have one, in order
         self.pending: Picture | None = None  # for the next question
         self.name = ""  # of the model
-        self.reply_ids: list[int] = []  # tokens of the last reply
+        self.reply_prompt: list[int] = []  # of the last reply
+        self.reply_ids: list[int] = []  # tokens of the last reply, while it is in the chat
         self.n_opened = self.n_retries = 0
         self.notices: list[str] = []  # what the user should know about the last answer
         self.speed = ""
@@ -171,7 +171,7 @@ class Chat:
             cfg.repetition_penalty, stop=self.tokenizer.eos, seed=cfg.seed + attempt,
             images=images, cache=self.cache)
         ids, said, start, ended = [], "", time.perf_counter(), False
-        self.reply_ids = ids
+        self.reply_prompt, self.reply_ids = prompt, ids
         try:
             for (token,) in tokens:  # a batch of one
                 ids.append(token)
@@ -214,8 +214,26 @@ class Chat:
 
     def why_cut(self, n_tokens: int) -> str:
         if n_tokens == self.cfg.max_new_tokens:
-            return f"cut at --max_new_tokens={n_tokens}"
+            return f"cut at max_new_tokens={n_tokens}"
         return f"cut, because the context of {self.window} tokens is full"
+
+    @torch.inference_mode()
+    def reply_logits(self) -> torch.Tensor:
+        """The logits (T, V) that the T tokens of the last reply were sampled from."""
+        if not self.reply_ids:
+            raise UserError("there is no answer to explain: it must have been given just now")
+        shown, _ = self.mark_pictures(self.reply_prompt)
+        images = torch.cat([picture.vectors for picture in shown]) if shown else None
+        tokens = torch.tensor([self.reply_prompt + self.reply_ids[:-1]], device=self.device)
+        return self.net(tokens, images)[0, len(self.reply_prompt) - 1:]
+
+    def spell(self, token: int) -> str:
+        """One token as text, with its space; a byte is spelled out, as in <0x0A>."""
+        if token == model.IMAGE_SLOT:
+            return "▦"
+        if token >= self.tokenizer.vocab_size:  # padding of some published models
+            return f"<{token}>"
+        return self.tokenizer.sp.id_to_piece(token).replace("▁", " ")
 
     def undo(self) -> str:
         """Removes the last question and its reply; returns the question. Its picture is attached to
@@ -224,6 +242,7 @@ class Chat:
             raise UserError("there is nothing to undo")
         question = self.turns[-2]
         del self.turns[-2:]
+        self.reply_ids = []
         if question.slots:
             picture = self.pictures.pop()
             self.pending = self.pending or picture
@@ -249,6 +268,7 @@ class Chat:
 
     def reset(self) -> None:
         self.turns, self.system, self.pictures, self.pending = [], None, [], None
+        self.reply_ids = []
 
     def save(self, path: str) -> int:
         """Saves the chat in ShareGPT format, with "images": [[round, file], ...]. Returns the
@@ -282,7 +302,7 @@ class Chat:
         except (ValueError, TypeError, IndexError):
             raise UserError(f'{path}: "images" must be [[round, file], ...]') from None
         self.turns, self.system = turns, conversation.system
-        self.pictures, self.pending = pictures, None
+        self.pictures, self.pending, self.reply_ids = pictures, None, []
 
 
 def default_checkpoint(out: Path = Path("out")) -> Path:
@@ -317,68 +337,6 @@ def open_chat(cfg: SampleConfig) -> Chat:
     return chat
 
 
-# -- the terminal ---------------------------------------------------------------------------------
-
-def print_answer(chat: Chat, pieces: Iterator[str]) -> None:
-    """Prints an answer as it comes. Ctrl-C ends the answer, not the program."""
-    if chat.vlm and not chat.turns and not chat.pending:
-        print("(no picture yet: use /image FILE, or --image)", file=sys.stderr)
-    with contextlib.closing(pieces):  # keeps what was said so far
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-    print()
-    for notice in chat.notices:
-        print(f"({notice})", file=sys.stderr)
-    if sys.stdout.isatty():
-        print(f"\033[90m({chat.speed})\033[0m")  # gray
-
-
-def command(chat: Chat, line: str) -> None:
-    """Runs a slash command."""
-    word, *arguments = line.split(maxsplit=1)
-    rest = os.path.expanduser("".join(arguments))
-    if word == "/reset":
-        chat.reset()
-        print("(chat cleared)")
-    elif word == "/image" and rest:
-        chat.show_image(rest)
-        print("(the next question is about this picture)")
-    elif word == "/undo":
-        print(f"(removed: {chat.undo()})")
-        if chat.pending:
-            print("(the picture is attached to the next question)")
-    elif word == "/retry":
-        print_answer(chat, chat.retry())
-    elif word == "/save" and rest:
-        print(f"(saved {chat.save(rest)} rounds to {rest})")
-    elif word == "/load" and rest:
-        chat.load(rest)
-        for turn in chat.turns:
-            print(("> " if turn.role == "user" else "") + turn.text)
-    else:
-        if word != "/help":
-            print(f"unknown command, or no FILE: {line}. Commands:", end=" ")
-        print("/image FILE  /reset  /undo  /retry  /save FILE  /load FILE  /quit")
-
-
-def read_line(interactive: bool) -> str | None:
-    """The user's next line, or None at the end of the input."""
-    if not interactive:
-        line = sys.stdin.readline()
-        return line.strip() if line else None
-    try:
-        return input("> ").strip()
-    except KeyboardInterrupt:
-        print("\n(type /quit to exit)")
-        return ""
-    except EOFError:
-        print()
-        return None
-
-
 def main(cfg: SampleConfig) -> dict:
     chat = open_chat(cfg)
     if cfg.web:
@@ -386,27 +344,9 @@ def main(cfg: SampleConfig) -> dict:
         web.serve(chat, cfg.host, cfg.port)
         return {}
     if cfg.prompt:
-        print_answer(chat, chat.answer(cfg.prompt))
-        return dict(rounds=1, speed=chat.speed)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() arrow keys and history
-        size = model.count_parameters(chat.net.config) / 1e6
-        print(f"{size:.1f} M parameters, template {chat.template}, context {chat.window} tokens. "
-              "/help for commands, Ctrl-C to stop an answer.")
-    while (line := read_line(interactive)) is not None:
-        if line in ("/quit", "/exit"):
-            break
-        try:
-            if line.startswith("/"):
-                command(chat, line)
-            elif line:
-                print_answer(chat, chat.answer(line))
-        except BrokenPipeError:  # as in `python sample.py < questions.txt | head`
-            break
-        except (UserError, OSError) as error:
-            print(f"({error})", file=sys.stderr)
+        terminal.print_answer(chat, chat.answer(cfg.prompt))
+    else:
+        terminal.talk(chat)
     return dict(rounds=len(chat.turns) // 2, speed=chat.speed)
 
 

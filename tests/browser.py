@@ -72,12 +72,21 @@ class Page:
         return value
 
     def click(self, selector: str) -> None:
-        """A real click, where the element is on the screen."""
-        x, y = self.run(f"""(() => {{
+        """A real click, where the element is on the screen. Waits until it stays there: a picture
+        that was still being decoded moved the text below it, and the click went elsewhere."""
+        x, y = self.until(f"""(async () => {{
             const e = document.querySelector({json.dumps(selector)});
+            if (!e || ![...document.images].every(image => image.complete)) return null;
             e.scrollIntoView({{block: "nearest"}});
-            const r = e.getClientRects()[0];
-            return [r.x + r.width / 2, r.y + r.height / 2];
+            const place = () => {{
+                const r = e.getClientRects()[0];
+                return r ? [r.x + r.width / 2, r.y + r.height / 2] : [-1, -1];
+            }};
+            const before = place();
+            await new Promise(done => setTimeout(done, 50));
+            const [x, y] = place();
+            const hit = document.elementFromPoint(x, y);
+            return x === before[0] && y === before[1] && e.contains(hit) ? [x, y] : null;
         }})()""")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

@@ -297,6 +297,79 @@ SAMPLE = [
      "test_streaming_is_utf8"),
 ]
 
+TERMINAL = [
+    ("a typo gets no suggestion", "command",
+     'config.suggest(name, COMMANDS, "; /help lists the commands")', '""',
+     "test_sample.py::test_help_and_typos"),
+    ("a changed setting is only checked", "set_option",
+     "chat.cfg = dataclasses.replace(", "dataclasses.replace(",
+     "test_sample.py::test_settings_change_in_the_chat"),
+    ("a completion without its prompt", "print_answer",
+     'echo = chat.template == "plain"', "echo = False",
+     "test_sample.py::test_a_completion_follows_its_prompt"),
+    ("a pipe is left at a line that says quit", "respond",
+     'elif interactive and line in ("quit", "exit"):', 'elif line in ("quit", "exit"):',
+     "test_sample.py::test_quit_and_exit_need_no_slash"),
+    ("quit is a message", "respond",
+     'elif interactive and line in ("quit", "exit"):', "elif False:",
+     "test_sample.py::test_quit_and_exit_need_no_slash"),
+    ("a message of several lines is cut after the first", "read_block",
+     "while not text.rstrip().endswith(QUOTES):", "while False:",
+     "test_sample.py::test_a_message_of_several_lines"),
+    ("an open message is lost at the end of the input", "read_block",
+     "contextlib.suppress(EOFError)", "contextlib.nullcontext()",
+     "test_sample.py::test_a_message_of_several_lines"),
+    ("the history is not written", "history",
+     "readline.write_history_file(history_file())", "pass",
+     "test_sample.py::test_lines_are_remembered"),
+]
+
+WEB = [
+    ("a foreign Host is answered", "Handler.refuse_foreign",
+     "if len(hosts) != 1 or not self.server.is_own(hosts[0]):", "if len(hosts) != 1:",
+     "test_foreign_hosts_and_origins_are_refused"),
+    ("a foreign Origin is answered", "Handler.refuse_foreign",
+     'if origin is not None and origin != f"http://{hosts[0]}":', "if False:",
+     "test_foreign_hosts_and_origins_are_refused"),
+    ("the generation goes on when the client has left", "Handler.left",
+     'return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""', "return False",
+     "test_a_client_that_leaves_stops_the_generation[False]"),
+    ("a picture may be any file of this machine", "parse_content",
+     'url = image.get("url")',
+     'url = image.get("url")\n'
+     "            if Path(url).is_file():\n"
+     "                encoded = base64.b64encode(Path(url).read_bytes())\n"
+     '                url = f"data:image/png;base64,{encoded.decode()}"',
+     "test_pictures_come_in_data_urls_only"),
+    ("an answer that was cut is reported as finished", "Service.answer",
+     'finish_reason="stop" if ended or stopped else "length"', 'finish_reason="stop"',
+     "test_an_answer_says_why_it_ended"),
+    ("half of a stop string is sent", "cut_at_stop",
+     "if text.endswith(stop[:n]):", "if False:",
+     "test_no_part_of_a_stop_string_slips_out"),
+    ("every request samples with the same seed", "Service.parse",
+     "settings.seed += self.n_questions", "pass",
+     "test_sampling_as_the_request_says"),
+    ("attention of the first layer, whatever was asked for", "Service.look_inside",
+     "chat.net, tokens, layer,", "chat.net, tokens, 0,",
+     "test_the_attention_shown_is_that_of_the_layer_asked_for"),
+    ("the alternatives of the token after the clicked one", "Service.look_inside",
+     "tokens = prompt + ids[:-1]", "tokens = prompt + ids",
+     "test_a_clicked_token_is_explained_as_it_was_sampled"),
+]
+
+INSIDE = [
+    ("attention of the wrong layer", "forward_textbook",
+     "if i == layer:", "if i == len(net.layers) - 1:",
+     "test_web.py::test_the_weights_shown_are_those_of_that_layer_and_head"),
+    ("key/value heads dealt out in turn", "attend",
+     "group = head * c.n_kv_heads // c.n_heads", "group = head % c.n_kv_heads",
+     "test_web.py::test_the_pass_by_hand_computes_what_the_model_computes"),
+    ("probabilities at another temperature", "likeliest",
+     "F.softmax(logits.float(), dim=-1)", "F.softmax(logits.float() / 0.7, dim=-1)",
+     "test_web.py::test_the_probabilities_are_the_models"),
+]
+
 VISION = [
     # five that read well and see wrong
     ("class token dropped", "ViT.forward",
@@ -414,6 +487,7 @@ FILES = {
     "sample.py": SAMPLE,
     "tools/checkpoint.py": CHECKPOINT, "tools/convert.py": CONVERT, "tools/quantize.py": QUANTIZE,
     "tools/report.py": REPORT,
+    "tools/terminal.py": TERMINAL, "tools/web.py": WEB, "tools/inside.py": INSIDE,
     "recipes/sharegpt.py": SHAREGPT, "recipes/openassistant.py": OPENASSISTANT,
     "recipes/self_instruct.py": SELF_INSTRUCT}
 BUGS = [Bug(file, *bug) for file, bugs in FILES.items() for bug in bugs]

@@ -12,8 +12,9 @@ import torch
 import data
 import model
 import sample
-from tools import checkpoint, config
+from tools import checkpoint, config, terminal
 from tools.config import UserError
+from toy import world
 
 WORDS = "cat dog red house tree river stone bird cloud lamp green moon".split()
 MICRO = Path(__file__).parent / "micro"
@@ -109,23 +110,23 @@ def test_a_turn_reads_only_what_is_new(chat):
 def test_undo_retry_reset(chat, capsys):
     """Back to an earlier turn, and on from there: the cache must forget what was taken back."""
     first, _, third = ask(chat, *WORDS[:3])
-    sample.command(chat, "/undo")
+    terminal.command(chat, "/undo")
     assert WORDS[2] in capsys.readouterr().out
     assert ask(chat, WORDS[2]) == [third]
-    sample.command(chat, "/undo")
+    terminal.command(chat, "/undo")
     assert ask(chat, "green bird") == [answered_afresh(chat)], "something was not taken back"
     heard, before = set(), chat.turns[:-1]
     for _ in range(4):
-        sample.command(chat, "/retry")
+        terminal.command(chat, "/retry")
         assert chat.turns[:-1] == before
         assert capsys.readouterr().out.endswith(chat.turns[-1].text + "\n")
         heard.add(chat.turns[-1].text)
     assert len(heard) > 1, "the same answer again is no use"
-    sample.command(chat, "/reset")
+    terminal.command(chat, "/reset")
     assert chat.turns == [] and ask(chat, WORDS[0]) == [first]
-    sample.command(chat, "/undo")
+    terminal.command(chat, "/undo")
     with pytest.raises(UserError, match="nothing to retry"):
-        sample.command(chat, "/retry")
+        terminal.command(chat, "/retry")
 
 
 def test_a_retry_that_fails_keeps_the_answer(chat):
@@ -135,7 +136,7 @@ def test_a_retry_that_fails_keeps_the_answer(chat):
     chat.window, chat.cached = 8, []
     chat.cache = model.KVCache(chat.net.config, 1, 8, torch.float32, "cpu")  # too short
     with pytest.raises(UserError, match=" 8"):
-        sample.command(chat, "/retry")
+        terminal.command(chat, "/retry")
     assert chat.turns == before
 
 
@@ -145,14 +146,135 @@ def test_save_and_load(chat, tmp_path, capsys):
     chat.system = "Be brave!"
     ask(chat, "cat 한국 🙂", "dog")
     file = tmp_path / "my chat.json"
-    sample.command(chat, f"/save {file}")
+    terminal.command(chat, f"/save {file}")
     assert data.load_conversations(file)[0].turns == chat.turns
     other = fresh(chat)
     ask(other, "bird")
-    sample.command(other, f"/load {file}")
+    terminal.command(other, f"/load {file}")
     assert other.turns == chat.turns and "> cat 한국 🙂\n" in capsys.readouterr().out
     assert ask(other, "stone") == ask(chat, "stone")
     assert "Be brave!" in chat.tokenizer.decode(other.cached)
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+def printed(chat, capsys, line: str) -> str:
+    capsys.readouterr()
+    terminal.command(chat, line)
+    return capsys.readouterr().out
+
+
+def test_help_and_typos(chat, capsys):
+    """A typo got the list of all commands, without a word on what they do."""
+    lines = printed(chat, capsys, "/help").splitlines()
+    for name in terminal.COMMANDS:
+        (line,) = [line for line in lines if line.split()[0] == name]
+        assert len(line[22:]) > 5 and len(line) <= 80
+    for typed, message in (("/sve a.json", "did you mean /save?"), ("/xyzzy", "/help lists"),
+                           ("/save", "needs a file"), ("/undo 2", "takes nothing")):
+        with pytest.raises(UserError, match=message):
+            terminal.command(chat, typed)
+
+
+def test_settings_change_in_the_chat(chat, capsys):
+    """It took a new start with --temperature, and the chat was gone."""
+    listed = printed(chat, capsys, "/set")
+    assert "temperature 0.0 " in listed and len(listed.splitlines()) == len(terminal.SETTINGS)
+    assert printed(chat, capsys, "/set max_new_tokens").startswith("max_new_tokens 12 ")
+    never_ends(chat)
+    assert len(ask(chat, "cat")[0].split()) == 12
+    assert printed(chat, capsys, "/set max_new_tokens 5").startswith("max_new_tokens 5 ")
+    assert len(ask(chat, "cat")[0].split()) == 5
+    terminal.command(chat, "/set temperature=1.5")
+    assert chat.cfg.temperature == 1.5
+    before = chat.cfg
+    for wrong, message in (("temperature hot", "expected float"), ("top_p 2", "at most 1"),
+                           ("temprature 1", "did you mean temperature?"), ("port 1", "no setting"),
+                           ("top_k -1", "at least 0"), ("temperature nan", "finite")):
+        with pytest.raises(UserError, match=message) as error:
+            terminal.command(chat, f"/set {wrong}")
+        assert "\n" not in str(error.value) and "--" not in str(error.value)
+    assert chat.cfg == before
+
+
+def test_the_system_text_changes_in_the_chat(chat, capsys):
+    template = data.TEMPLATES[chat.template].system
+    assert template in printed(chat, capsys, "/system")
+    ask(chat, "cat")
+    printed(chat, capsys, "/system Be  brave ~ now!")
+    assert "Be  brave ~ now!" in printed(chat, capsys, "/system")
+    ask(chat, "dog")
+    read = chat.tokenizer.decode(chat.cached)
+    assert "Be  brave ~ now!" in read and template not in read
+    assert "(no system text)" in printed(chat, capsys, '/system ""')
+    terminal.command(chat, "/reset")
+    assert template in printed(chat, capsys, "/system")
+
+
+def test_a_file_in_the_home_folder(chat, tmp_path, monkeypatch):
+    """~/chat.json was looked for in a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask(chat, "cat")
+    terminal.command(chat, "/save ~/chat.json")
+    assert (tmp_path / "chat.json").exists()
+    other = fresh(chat)
+    terminal.command(other, "/load ~/chat.json")
+    assert other.turns == chat.turns
+    chat.open_picture = lambda path: sample.Picture(path, 1, None)
+    terminal.command(chat, "/image ~/cat.png")
+    assert chat.pending.path == str(tmp_path / "cat.png")
+
+
+def test_an_example_of_the_toy_world(chat, capsys):
+    """What can one ask a model of a world one does not know? The scene is told, and it was not in
+    the training data; a base model gets a sentence to complete. A model of another world does not
+    know what a scene is."""
+    micro = sample.open_chat(sample.SampleConfig(ckpt=str(MICRO), device="cpu"))
+    for _ in range(5):
+        shown = printed(micro, capsys, "/example")
+        scene = world.objects_in(shown)
+        assert len(scene) == 2 and world.split_of(tuple(scene)) == "scenes"
+        assert ask(micro, shown.removeprefix("try: "))
+    micro.template = "plain"
+    shown = printed(micro, capsys, "/example")
+    assert len(world.objects_in(shown)) == 2 and shown.rstrip()[-1].isalpha()
+    with pytest.raises(UserError, match="toy world"):
+        terminal.command(chat, "/example")
+
+
+def test_why_shows_what_else_could_have_been_said(chat, capsys):
+    """For each token of the last answer: its probability where it stands, and the likeliest others.
+    Off by one, it would explain the token before."""
+    for question in ("cat", "dog"):  # the second with a cache
+        ask(chat, question)
+    lines = printed(chat, capsys, "/why").splitlines()[1:]
+    prompt, reply = chat.reply_prompt, chat.reply_ids
+    assert len(lines) == len(reply) > 3
+    for i, (token, line) in enumerate(zip(reply, lines)):
+        logits = chat.net(torch.tensor([prompt + reply[:i]]))[0, -1]
+        top = logits.softmax(-1).topk(4)
+        assert top.indices[0] == token, "greedy: the likeliest one was said"
+        words = line.split()
+        assert words[0] == chat.spell(token).replace(" ", "·")
+        assert words[1] == f"{top.values[0]:.1%}"
+        others = zip(top.indices[1:].tolist(), top.values[1:].tolist())
+        expected = [(chat.spell(t).replace(" ", "·"), f"{p:.1%}") for t, p in others if p >= 0.0005]
+        assert list(zip(words[2::2], words[3::2])) == expected
+    for gone in ("/undo", "/reset"):
+        terminal.command(chat, gone)
+        with pytest.raises(UserError, match="no answer to explain"):
+            terminal.command(chat, "/why")
+
+
+def test_a_completion_follows_its_prompt(tokenizer, capsys):
+    """A base model goes on with the user's text. Without that text, its first words read like an
+    answer that makes no sense."""
+    cfg = sample.SampleConfig(max_new_tokens=12)
+    chat = sample.Chat(talker(tokenizer), tokenizer, "plain", cfg)
+    terminal.print_answer(chat, chat.answer("cat and"))
+    assert capsys.readouterr().out == "cat and" + chat.turns[-1].text + "\n"
+    shown = printed(chat, capsys, "/retry")
+    assert shown == "cat and" + chat.turns[-1].text + "\n"
 
 
 # -- the window -----------------------------------------------------------------------------------
@@ -207,12 +329,12 @@ def test_an_answer_that_is_cut_says_so(tokenizer, capsys):
     file."""
     chat = small_chat(tokenizer, max_new_tokens=60)
     never_ends(chat)
-    sample.print_answer(chat, chat.answer("cat"))
+    terminal.print_answer(chat, chat.answer("cat"))
     full = "cut, because the context of 64 tokens is full"
     assert capsys.readouterr() == (chat.turns[-1].text + "\n", f"({full})\n")
     chat.cfg.max_new_tokens = 4
     ask(chat, "dog")
-    assert chat.notices[-1] == "cut at --max_new_tokens=4"
+    assert chat.notices[-1] == "cut at max_new_tokens=4"
     say(chat, [*tokenizer.encode("cat dog red"), tokenizer.eos])
     chat.reset()
     assert ask(chat, "moon") == ["cat dog red"] and chat.notices == []
@@ -262,7 +384,7 @@ def test_stopped_in_the_middle(chat, call, monkeypatch, capsys):
         return forward(*given)
 
     monkeypatch.setattr(second, "forward", interrupted)
-    sample.print_answer(chat, chat.answer("dog"))
+    terminal.print_answer(chat, chat.answer("dog"))
     said = chat.turns[-1].text
     assert [t.text for t in chat.turns[:3]] == ["cat", first, "dog"]
     assert len(said.split()) == call - 1
@@ -287,37 +409,103 @@ def test_one_answer(folder, capsys):
     assert len(out) > 3, "this test cannot fail"
 
 
+def pipe(folder: str, lines: list[str], monkeypatch) -> None:
+    """python sample.py < lines"""
+    stdin = io.BytesIO("\n".join(lines).encode("latin-1"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={folder}", "--max_new_tokens=12"])
+    config.run(sample.main, sample.SampleConfig)
+
+
 def test_reading_a_pipe(folder, capsys, monkeypatch):
     """One message per line; the last may lack its newline. Neither a question that is too long nor
     another encoding nor a mistyped command ends the chat."""
     lines = ["cat", "", "  dog ", "/undo", "moon " * 600, "/load no/file", "/image cat.jpg",
              "/undoo", "stone", "caf\xe9"]
-    stdin = io.BytesIO("\n".join(lines).encode("latin-1"))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={folder}", "--max_new_tokens=12"])
-    config.run(sample.main, sample.SampleConfig)
+    pipe(folder, lines, monkeypatch)
     out, err = capsys.readouterr()
-    first, second, _, unknown, third, _ = out.splitlines()
+    first, second, _, third, _ = out.splitlines()
     assert [first, second] == reply(folder, "cat", "dog")
     assert third == reply(folder, "cat", "stone")[1]
-    assert "/undo " in unknown and "No such file" in err and "cannot see" in err
+    assert "did you mean /undo?" in err and "No such file" in err and "cannot see" in err
     assert "context of 300" in err, "the window comes from the checkpoint"
 
 
-def test_at_a_terminal(folder, capsys, monkeypatch):
-    """Ctrl-C at the prompt does not leave, Ctrl-D does."""
-    lines = iter(["cat", KeyboardInterrupt, "/undo", "dog", EOFError])
-
+@pytest.fixture
+def at_terminal(monkeypatch, tmp_path):
+    """Types lines, or raises what is typed instead, such as EOFError for Ctrl-D."""
     def typed(prompt: str) -> str:
-        line = next(lines)
+        line = next(lines, None)
+        assert line is not None, "it should have ended"
         if not isinstance(line, str):
             raise line
         return line
 
+    def at_terminal(folder: str, *given) -> dict:
+        nonlocal lines
+        lines = iter(given)
+        return main(folder)
+
+    lines = iter(())
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert main(folder)["rounds"] == 1
+    return at_terminal
+
+
+def test_at_a_terminal(folder, at_terminal, capsys):
+    """Ctrl-C at the prompt does not leave, Ctrl-D does."""
+    assert at_terminal(folder, "cat", KeyboardInterrupt, "/undo", "dog", EOFError)["rounds"] == 1
     assert reply(folder, "dog")[0] in capsys.readouterr().out
+
+
+def test_quit_and_exit_need_no_slash(folder, at_terminal, capsys, monkeypatch):
+    """Who wants to leave was answered by the model. In a pipe, they are messages: a file of
+    questions was cut there without a word."""
+    for word in ("quit", "exit", "/quit", "/exit"):
+        assert at_terminal(folder, "cat", word)["rounds"] == 1  # the next line would be an error
+    capsys.readouterr()
+    pipe(folder, ["quit", "cat"], monkeypatch)
+    assert capsys.readouterr().out.splitlines() == reply(folder, "quit", "cat")
+
+
+def test_a_message_of_several_lines(folder, at_terminal, capsys, monkeypatch):
+    """It was answered line by line. Between its quotation marks, / is no command, and indentation
+    stays. Ctrl-C drops it; in a pipe, the end of the input ends it."""
+    seen, answer = [], sample.Chat.answer
+    monkeypatch.setattr(sample.Chat, "answer",
+                        lambda chat, text: seen.append(text) or answer(chat, text))
+    at_terminal(folder, '"""cat', "  /undo", "", 'dog"""', '"""', "red", '"""  ', '"""tree"""',
+                '"""lamp', KeyboardInterrupt, "green", EOFError)
+    assert seen == ["cat\n  /undo\n\ndog", "red", "tree", "green"]
+    seen.clear()
+    pipe(folder, ['"""cat', "dog"], monkeypatch)
+    assert seen == ["cat\ndog"]
+
+
+def test_lines_are_remembered(folder, at_terminal, tmp_path, monkeypatch):
+    """In the user's folder for state. A folder that cannot be written ended the chat."""
+    readline = pytest.importorskip("readline")
+
+    def remembered() -> list[str]:
+        count = readline.get_current_history_length()
+        return [readline.get_history_item(i + 1) for i in range(count)]
+
+    before = remembered()
+    try:
+        with terminal.history():
+            readline.clear_history()
+            readline.add_history("Who are you? 한국")
+        readline.clear_history()
+        with terminal.history():
+            assert remembered() == ["Who are you? 한국"]
+        assert "Who are you?" in (tmp_path / "state" / "nanovicuna" / "history").read_text("utf-8")
+        monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/no")
+        assert at_terminal(folder, "cat", EOFError)["rounds"] == 1
+    finally:
+        readline.clear_history()
+        for line in before:
+            readline.add_history(line)
 
 
 def test_newest(tmp_path):

@@ -25,7 +25,7 @@ import train_sft
 import train_vlm
 import vision
 from ranks import Ranks
-from tools import checkpoint, config, machine, teacher
+from tools import checkpoint, config, machine, teacher, terminal
 from toy import exam, pictures, world
 
 MICRO = Path(__file__).parent / "micro"
@@ -601,7 +601,7 @@ def test_a_file_with_other_images_changes_nothing(micro, red_and_blue, tmp_path)
                    [[0, None]], [[0, 5]], [[0, "no.png"]], [[0, red, blue]], {"0": red}):
         file.write_text(json.dumps([dict(conversations=said, images=images)]), encoding="utf-8")
         with pytest.raises((config.UserError, OSError)):
-            sample.command(chat, f"/load {file}")
+            terminal.command(chat, f"/load {file}")
         assert (chat.turns, chat.pictures, chat.pending) == before, images
     for images, n in ((None, 0), ([], 0), ([[0, blue], [0, red]], 1)):
         file.write_text(json.dumps([dict(conversations=said, images=images)]), encoding="utf-8")
@@ -620,6 +620,22 @@ def test_another_picture_in_the_same_place_is_looked_at(micro, red_and_blue):
     assert say(chat, "What is it?", blue) == say(alone, "What is it?", blue)
     n = alone.prompt().index(data.IMAGE_SLOT) + 3
     assert torch.allclose(chat.cache.k[:, :, :, :n], alone.cache.k[:, :, :, :n], atol=1e-5)
+
+
+def test_an_example_is_drawn(micro, capsys):
+    """A model that sees gets the scene as a picture, and only the question in words."""
+    chat = open_chat(micro)
+    terminal.command(chat, "/example")
+    *_, scene, question = capsys.readouterr().out.splitlines()
+    assert len(world.objects_in(scene)) == 2 and not world.objects_in(question)
+    picture = Path(chat.pending.path)
+    with Image.open(picture) as image:
+        assert image.size == (192, 192)
+    say(chat, question.removeprefix("try: "))
+    assert len(chat.pictures) == 1
+    terminal.command(chat, "/why")  # a prompt with a picture
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(chat.reply_ids)
+    picture.unlink()
 
 
 def test_a_teacher_sees(encoder, album, red_and_blue, tmp_path):

@@ -148,6 +148,16 @@ def test_an_answer_says_why_it_ended(server):
     assert "".join(pieces) == text[:text.index(stop)]
 
 
+@pytest.mark.parametrize("pieces", [["a STOP b"], list("a STOP b"), ["a S", "TO", "P b"]])
+def test_no_part_of_a_stop_string_slips_out(pieces):
+    """What may be its beginning waits until the next piece decides."""
+    for stops in (["STOP"], ["TOPS", "STOP"]):
+        given = list(web.cut_at_stop(iter(pieces), stops))
+        assert "".join(text for text, _ in given) == "a " and given[-1][1]
+    given = list(web.cut_at_stop(iter([*pieces[:1], " STO"]), ["b STOP"]))
+    assert "".join(text for text, _ in given) == pieces[0] + " STO" and not given[-1][1]
+
+
 def test_sampling_as_the_request_says(server):
     never_ends(server)
     hot = [ask(server, "cat", temperature=2).choices[0].message.content for _ in range(4)]
@@ -243,7 +253,7 @@ def test_foreign_hosts_and_origins_are_refused(server):
     there (Host), or across origins (Origin)."""
     own = f"127.0.0.1:{server.server_port}"
     body = dict(messages=HI)
-    for path, method in (("/", "GET"), ("/v1/models", "GET"), ("/v1/chat/completions", "POST")):
+    for path, method in (("/v1/models", "GET"), ("/v1/chat/completions", "POST")):
         given = body if method == "POST" else None
         assert request(server, method, path, given)[0] == 200
         assert request(server, method, path, given, Origin=f"http://{own}")[0] == 200
@@ -313,8 +323,9 @@ def test_a_client_that_leaves_stops_the_generation(server, stream):
         leaving.sendall(head.encode() + body)
         while len(made) < 3:
             time.sleep(0.01)
-    with server.service.lock:  # free as soon as it has noticed
-        assert len(made) < 250
+    # The whole answer would take minutes.
+    assert server.service.lock.acquire(timeout=20), "it goes on although nobody listens"
+    server.service.lock.release()
     assert ask(server, "cat", max_tokens=3).choices[0].finish_reason == "length"
 
 
@@ -382,15 +393,39 @@ def test_a_clicked_token_is_explained_as_it_was_sampled(server):
         _, seen = request(server, "POST", "/inside", body)
         assert seen["likeliest"][0]["token"] == token
         assert seen["likeliest"][0]["probability"] == pytest.approx(seen["probability"])
-        assert len(seen["likeliest"]) == 5 and len(seen["heads"]) == 4
+        assert len(seen["likeliest"]) == 5
         assert seen["prompt_tokens"] == answer["usage"]["prompt_tokens"]
         assert len(seen["tokens"]) == len(seen["heads"][0]) == seen["prompt_tokens"] + i
     assert seen["tokens"].count("▦") == 3
 
 
+def test_the_attention_shown_is_that_of_the_layer_asked_for(server):
+    """And that of the last token read, from which the chosen one was predicted."""
+    chat, before = server.service.chat, [5, 6, 7]
+    prompt = data.render(data.Conversation([data.Turn("user", "Hi")]), chat.template,
+                         chat.tokenizer).tokens
+    for layer in range(2):
+        body = dict(messages=HI, before=before, token=8, layer=layer)
+        _, seen = request(server, "POST", "/inside", body)
+        _, weights = inside.forward_textbook(chat.net, prompt + before, layer)
+        shown = torch.tensor(seen["heads"])
+        torch.testing.assert_close(shown, weights[:, -1], atol=1e-4, rtol=0)
+
+
+def test_the_probabilities_are_the_models():
+    """Before temperature and top-k, as the page says: they sum to 1 over the whole vocabulary."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    powers = logits.exp()
+    expected = [(i, (powers[i] / powers.sum()).item()) for i in range(3)]
+    assert inside.likeliest(logits, k=3) == [(i, pytest.approx(p)) for i, p in expected]
+
+
 # -- the page -------------------------------------------------------------------------------------
 
-def test_the_page_loads_nothing_from_elsewhere():
+def test_the_page_loads_nothing_from_elsewhere(server):
+    status, content = request(server, "GET", "/")
+    assert status == 200 and content.decode() == PAGE
+    assert request(server, "GET", "/", Host="evil.example")[0] == 403
     assert not re.search(r"https?://|\bsrc=|@import|<link|innerHTML|url\(", PAGE)
 
 
@@ -407,16 +442,17 @@ def page(server, tmp_path):
 
 
 def say(page, text: str) -> None:
+    count = page.run("rounds.length")
     page.click("#input")
     page.type(text + "\n")
-    page.until("rounds.length && !running")
+    page.until(f"rounds.length == {count + 1} && !running")
 
 
 def answers(page) -> list[str]:
     return page.run("rounds.map(round => textOf(round.answer))")
 
 
-# Once in about twenty runs on a busy machine, a wait in it did not end; the reason is not known.
+# A wait in it once did not end, perhaps because a click missed its target: see Page.click.
 @pytest.mark.flaky(reruns=2)
 def test_the_page_in_a_browser(server, page, tmp_path):
     """A chat as a person has it: type, stream, stop, retry, edit, undo, save, load, a picture, and
@@ -458,10 +494,10 @@ def test_the_page_in_a_browser(server, page, tmp_path):
     page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     page.click("#save")
     saved = tmp_path / "chat.json"
-    for _ in range(100):
+    for _ in range(600):  # at most a minute
         if saved.exists():
             break
-        time.sleep(0.05)
+        time.sleep(0.1)
     turns = data.load_conversations(saved)[0].turns
     assert [turn.text for turn in turns] == ["moon", both[0], "bird", both[1]]
     page.run("[...document.querySelectorAll('button')].find(b => b.textContent == 'Undo').click()")

@@ -7,7 +7,7 @@
 
 Section 3 of LLaMA (arXiv 2302.13971): the answer is the choice with the highest
 log P(choice | question) / number of its characters. For OpenBookQA and BoolQ, it is the one with
-the highest log P(choice | question) - log P(choice | "Answer:"). Every model, also one that was
+the highest log P(choice | question) - log P(choice | "Answer:"). Every model, even one that was
 trained to chat, reads plain text: bos, the question, the choice.
 
 The file holds JSON lines with question, choices, and answer: the right choice, or its index from 0.
@@ -38,7 +38,7 @@ from tools.config import UserError, run
 class EvaluateConfig:
     file: str  # questions, as JSON lines
     ckpt: str = "out/vicuna"  # a folder of ours, Meta's or Hugging Face's
-    shots: int = 0  # so many questions of the file become solved examples in front of the others
+    shots: int = 0  # this many questions become solved examples before each of the others
     normalize: Literal["auto", "characters", "answer"] = "auto"  # auto: the paper's for each task
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 above 1 B parameters
@@ -52,7 +52,7 @@ class EvaluateConfig:
 class Item:
     question: str  # the text before the choice
     choices: list[str]
-    right: int | None  # index of the right choice; None if the file does not tell
+    right: int | None  # index of the right choice; None if the file does not say
     normalize: str  # by "characters", or by "answer"
     group: str = ""
 
@@ -60,7 +60,7 @@ class Item:
 # -- the fields of published files: each function returns question, choices, right ----------------
 
 def find(answer, names: Sequence) -> int | None:
-    """The index of the right choice, where the choices are called by these names."""
+    """The index of the answer among the names of the choices, or None."""
     names = [str(name).strip() for name in names]
     answer = str(answer).strip()
     return names.index(answer) if answer in names else None
@@ -147,7 +147,7 @@ def why_unusable(item: Item | None) -> str | None:
 
 
 def read_items(path) -> tuple[list[Item], data.Report]:
-    """The usable questions of a file, and how many others it has, by the reason to skip them."""
+    """The usable questions of a file, and the others, counted by the reason to skip them."""
     items, skipped = [], data.Report()
     for number, record in enumerate(data.parse_records(data.read_text(path), path), 1):
         item = parse(record)
@@ -167,7 +167,7 @@ def read_items(path) -> tuple[list[Item], data.Report]:
 def log_likelihoods(net: model.LLaMA, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """log P(choice | context) in nats, (B,), for B pairs of context and choice, as token ids.
 
-    Rows are padded on the right: attention is causal, so no choice sees what stands behind it.
+    Rows are padded on the right: attention is causal, so no choice sees the padding after it.
     """
     device = net.tok_embeddings.weight.device
     tokens = [torch.tensor(context + choice) for context, choice in rows]
@@ -184,7 +184,8 @@ def log_likelihoods(net: model.LLaMA, rows: list[tuple[list[int], list[int]]]) -
 
 
 def make_rows(item: Item, shots: str, tokenizer: data.Tokenizer) -> list[tuple]:
-    """Each choice after the question, then, if that normalizes, each one after "Answer:"."""
+    """(context, choice) for each choice after the question, as token ids. To normalize by
+    "answer", each choice follows once more, after "Answer:"."""
     contexts = [shots + item.question]
     if item.normalize == "answer":
         contexts.append("Answer:")
@@ -207,7 +208,7 @@ def scores(net: model.LLaMA, item: Item, rows: list[tuple]) -> torch.Tensor:
 # -- python -m tools.evaluate ---------------------------------------------------------------------
 
 def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval for a share of n. It never leaves 0 to 1, also when all are right."""
+    """Wilson's 95% interval for a share of n. It stays within 0 to 1, even when all are right."""
     z, p = 1.96, right / n
     middle = p + z ** 2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z ** 2 / (4 * n ** 2))

@@ -1,4 +1,4 @@
-"""A look inside: the forward pass of LLaMA written out once more, step by step, keeping what the
+"""A look inside: LLaMA's forward pass written out a second time, step by step. It keeps what the
 fused one never shows: how much each head attends to each token.
 
     tokens = data.render(conversation, template, tokenizer).tokens
@@ -6,7 +6,7 @@ fused one never shows: how much each head attends to each token.
     weights[1, -1]                          # where head 1 of layer 2 looked, from the last token
     likeliest(logits[-1], k=5)              # the five likeliest next tokens
 
-The page of `python sample.py --web` shows both for each token that is clicked.
+The page of `python sample.py --web` shows both for a token that is clicked.
 
 Letters in the shape comments: T positions, C model dimension, H heads, K key/value heads, D head
 dimension, V vocabulary, M image vectors.
@@ -24,8 +24,8 @@ import model
 @torch.inference_mode()
 def forward_textbook(net: model.LLaMA, tokens: Sequence[int], layer: int = 0,
                      images: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (T, V) of one sequence, and the attention weights (H, T, T) of one layer: row t
-    says how position t divides its attention, which is 1 in all, among positions 0 to t.
+    """The logits (T, V) of one sequence, and the attention weights (H, T, T) of one layer. Row t,
+    which sums to 1, says how position t divides its attention among positions 0 to t.
 
     Reads all tokens at once, without a cache. images (M, C) fill the image slots in order.
     """
@@ -43,7 +43,7 @@ def forward_textbook(net: model.LLaMA, tokens: Sequence[int], layer: int = 0,
 
 def attend(part: model.Attention, x: torch.Tensor,
            c: model.LLaMAConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal self-attention: x (T, C) -> what is added to the residual stream (T, C), and the
+    """Causal self-attention: x (T, C) -> what it adds to the residual stream (T, C), and its
     weights (H, T, T)."""
     T = len(x)
     q = part.wq(x).view(T, c.n_heads, c.head_dim)

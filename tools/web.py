@@ -8,13 +8,14 @@
     POST /v1/chat/completions    an answer, whole or as a stream of server-sent events
     POST /inside                 for the page: what the model computed for one token of an answer
 
-The server keeps no conversation: every request brings all messages, and the KV cache saves what it
-shares with the request before. One lock: requests are answered one after the other.
+The server stores no conversation: each request brings all its messages, and the KV cache is reused
+for the prefix that it shares with the previous request. A lock lets requests be answered one after
+the other.
 
 Beyond OpenAI's fields, a request may have top_k, repetition_penalty, and return_token_ids, which
-adds to each piece of text the ids it was decoded from. What a request leaves out is as on the
-command line. A web page of another origin could also reach a server on this machine, so requests
-with a foreign Host or Origin header are refused.
+adds to each piece of text the ids it was decoded from. A setting that a request leaves out has its
+value from the command line. Any website that the user visits could send requests to this machine,
+so those with a foreign Host or Origin header are refused.
 """
 
 import base64
@@ -49,7 +50,7 @@ PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 MAX_BODY = 20 * 2 ** 20  # bytes; most of it pictures
 LOCAL = ("127.0.0.1", "localhost")
 
-# in a request: the setting of sample.py, its type, the lowest and the highest value
+# field of a request: the option of sample.py, its type, its lowest and its highest value
 NUMBERS = {
     "temperature": ("temperature", float, 0, 100),
     "top_p": ("top_p", float, 0, 1),
@@ -59,7 +60,7 @@ NUMBERS = {
     "max_completion_tokens": ("max_new_tokens", int, 1, 2 ** 31),
     "seed": ("seed", int, -2 ** 63, 2 ** 63 - 1),
 }
-# What we cannot do, and the values that do not ask for it.
+# Fields that we do not support, with the values that ask for nothing.
 UNSUPPORTED = {
     "n": (1,), "logprobs": (False,), "tools": ([],), "functions": ([],),
     "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),
@@ -67,7 +68,7 @@ UNSUPPORTED = {
 
 
 class RequestError(UserError):
-    """A request that is refused, in OpenAI's terms."""
+    """A refused request: the HTTP status, and the fields of OpenAI's error object."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400,
                  code: str | None = None):
@@ -79,7 +80,7 @@ class RequestError(UserError):
 
 @dataclass
 class Question:
-    """A request for an answer, checked."""
+    """A validated request for an answer."""
     turns: list[data.Turn]
     system: str | None
     pictures: list[str]  # data: URLs, one for each turn that has slots
@@ -116,7 +117,7 @@ def parse_question(body: dict, settings, n_slots: int) -> Question:
 
 
 def parse_number(value, name: str, kind: type, low: float, high: float):
-    is_number = type(value) in (int, kind)  # a bool is no int here
+    is_number = type(value) in (int, kind)  # isinstance would take True for an int
     if not is_number or not low <= value <= high:  # NaN is not between them
         what = "an integer" if kind is int else "a number"
         raise RequestError(f"{name} must be {what} from {low} to {high}", name)
@@ -124,7 +125,7 @@ def parse_number(value, name: str, kind: type, low: float, high: float):
 
 
 def is_text(value) -> bool:
-    """Whether it is a string of whole characters. JSON can spell half of one: "\\ud83d"."""
+    """Whether it is text for UTF-8. JSON can spell half of a character: "\\ud83d"."""
     if not isinstance(value, str):
         return False
     try:
@@ -172,8 +173,8 @@ def parse_content(content, where: str) -> tuple[str, list[str]]:
         elif part.get("type") == "image_url" and isinstance(image, dict):
             url = image.get("url")
             if not isinstance(url, str) or not url.startswith("data:image/"):
-                raise RequestError(f"{where}: this server fetches nothing: an image must be a URL "
-                                   "that begins with data:image/", "messages")
+                raise RequestError(f"{where}: this server downloads nothing; send the image as a "
+                                   "URL that begins with data:image/", "messages")
             urls.append(url)
         else:
             raise RequestError(f"{where}: expected parts of type text or image_url", "messages")
@@ -189,10 +190,11 @@ class Service:
         self.chat, self.settings = chat, chat.cfg
         self.lock = threading.Lock()
         self.model, self.n_questions = self.describe(), 0
-        self.picture = functools.lru_cache(16)(self.open_picture)  # keeps its number: see the cache
+        # The same URL gives the same Picture, with its number: so the KV cache still fits.
+        self.picture = functools.lru_cache(16)(self.open_picture)
 
     def describe(self) -> dict:
-        """The model as /v1/models lists it, with what the page wants to know."""
+        """The model's entry in /v1/models, with what the page needs to know."""
         c, s = self.chat.net.config, self.settings
         defaults = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
                         repetition_penalty=s.repetition_penalty, max_tokens=s.max_new_tokens)
@@ -231,7 +233,8 @@ class Service:
                                    "messages") from None
 
     def prompt(self, question: Question) -> list[int]:
-        """Makes the chat what the question says; returns the tokens up to the reply."""
+        """Gives the chat the question's messages and settings; returns the tokens up to the reply.
+        """
         chat = self.chat
         chat.turns, chat.system, chat.notices = question.turns, question.system, []
         chat.pictures = [self.picture(url) for url in question.pictures]
@@ -239,10 +242,10 @@ class Service:
         return chat.prompt()
 
     def answer(self, question: Question, left: Callable[[], bool]) -> Iterator[dict]:
-        """Yields pieces of the answer, dict(text, token_ids, usage so far). The last one has no
-        text, but a finish_reason and notices. Ends early when the client has left."""
+        """Yields the pieces of the answer as dict(text, token_ids, usage so far), and then one
+        without text, but with a finish_reason and notices. Ends early if the client leaves."""
         with self.lock:
-            if left():  # while it waited
+            if left():  # while it waited for the lock
                 return
             prompt, n_given = self.prompt(question), 0
             with contextlib.closing(self.chat.stream(prompt, attempt=0)) as pieces:
@@ -260,8 +263,9 @@ class Service:
                        notices=self.chat.notices)
 
     def look_inside(self, body: dict) -> dict:
-        """For the token that follows the ids body["before"] of an answer: the likeliest tokens in
-        its place, its own probability, and the attention of each head of a layer to all before."""
+        """Explains body["token"], which follows the ids body["before"] in an answer: its
+        probability, the likeliest tokens in its place, and how much each head of a layer attended
+        to each token before it."""
         question, chat = self.parse(body), self.chat
         layer = parse_number(body.get("layer", 0), "layer", int, 0, chat.net.config.n_layers - 1)
         before = body.get("before")
@@ -279,21 +283,13 @@ class Service:
             images = [picture.vectors for picture in shown]
             logits, weights = inside.forward_textbook(
                 chat.net, tokens, layer, torch.cat(images) if images else None)
-        likeliest = [dict(text=self.spell(token), probability=p, token=token)
+        likeliest = [dict(text=self.chat.spell(token), probability=p, token=token)
                      for token, p in inside.likeliest(logits[-1], k=5)]
         probability = logits[-1].float().softmax(-1)[ids[-1]].item()
         heads = [[round(weight, 4) for weight in head.tolist()] for head in weights[:, -1]]
-        return dict(likeliest=likeliest, text=self.spell(ids[-1]), probability=probability,
-                    heads=heads, tokens=[self.spell(token) for token in tokens],
+        return dict(likeliest=likeliest, text=self.chat.spell(ids[-1]), probability=probability,
+                    heads=heads, tokens=[self.chat.spell(token) for token in tokens],
                     prompt_tokens=len(prompt))
-
-    def spell(self, token: int) -> str:
-        """One token as the page shows it, with its space; a byte is spelled out, as in <0x0A>."""
-        if token == model.IMAGE_SLOT:
-            return "▦"
-        if token >= self.chat.tokenizer.vocab_size:  # padding of some published models
-            return f"<{token}>"
-        return self.chat.tokenizer.sp.id_to_piece(token).replace("▁", " ")
 
 
 def usage(prompt: list[int], ids: list[int]) -> dict:
@@ -348,7 +344,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_problem(400, str(error))
         except OSError:  # the client has left
             self.close_connection = True
-        except Exception as error:  # ours: it is told here, and not to the client
+        except Exception as error:  # a bug of ours: printed here, not sent
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             self.send_problem(500, "the server failed; its terminal says why")
 
@@ -361,8 +357,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length))
 
     def discard_body(self) -> None:
-        """Reads on for a moment. A connection that is closed with data unread is reset, and the
-        client may never see the response."""
+        """Reads what still comes, for a moment. A connection that is closed with data unread is
+        reset, and the client may never see the response."""
         self.connection.settimeout(1)
         with contextlib.suppress(OSError):
             for _ in range(4 * MAX_BODY // 2 ** 16):
@@ -370,8 +366,9 @@ class Handler(BaseHTTPRequestHandler):
                     break
 
     def refuse_foreign(self) -> None:
-        """A foreign page can send requests here from its visitor's browser: its Origin gives it
-        away. Or it lets its own name point to 127.0.0.1: then the Host is that name."""
+        """A website can make its visitor's browser send requests here: then the Origin header
+        names the website. It can also point its own name to 127.0.0.1 (DNS rebinding): then the
+        Host header is that name."""
         hosts = self.headers.get_all("Host", [])
         origin = self.headers.get("Origin")
         if len(hosts) != 1 or not self.server.is_own(hosts[0]):
@@ -409,7 +406,8 @@ class Handler(BaseHTTPRequestHandler):
             respond(question, pieces)
 
     def left(self) -> bool:
-        """Whether the client has closed the connection: then there is an end to be read."""
+        """Whether the client has closed the connection. A closed one can be read, and yields b"".
+        """
         readable, _, _ = select.select([self.connection], [], [], 0)
         return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
@@ -431,7 +429,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_stream(self, question: Question, pieces: Iterator[dict]) -> None:
         head, piece = self.head("chat.completion.chunk"), {}
-        for piece in pieces:  # the first comes before the headers: an error can still be a 400
+        for piece in pieces:  # headers wait for the first one: an error can still be a 400
             delta = dict(content=piece["text"]) if piece["text"] else {}
             if not self.streaming:
                 self.start_stream()
@@ -473,7 +471,7 @@ class Handler(BaseHTTPRequestHandler):
         if status >= 400:
             self.close_connection = True
             self.send_header("Connection", "close")
-            self.send_header("x-should-retry", "false")  # the openai client would ask again
+            self.send_header("x-should-retry", "false")  # else the openai client asks again
         self.end_headers()
         self.wfile.write(content)
 
@@ -507,8 +505,8 @@ class Server(ThreadingHTTPServer):
         pass  # the client has left between two requests
 
     def is_own(self, host: str) -> bool:
-        """Whether a Host header names this server. No foreign page is on a bare IP address of ours,
-        so with --host=0.0.0.0 every address is one."""
+        """Whether a Host header names this server. With --host=0.0.0.0, any IP address does: DNS
+        rebinding needs a name."""
         try:
             name = urllib.parse.urlsplit(f"//{host}").hostname
             if name in (*LOCAL, self.host):
@@ -523,7 +521,7 @@ def serve(chat, host: str, port: int) -> None:
     server = Server(Service(chat), host, port)
     url = f"http://{host}:{server.server_port}"
     if host not in LOCAL:
-        print(f"warning: everybody who can reach {host} can use this model; there is no password",
+        print("warning: anyone who can reach this machine can use the model; there is no password",
               file=sys.stderr)
     print(f"chat: {url}\nOpenAI's API: {url}/v1\nCtrl-C ends it.", flush=True)
     with server:
