@@ -170,7 +170,7 @@ def read_reply(reply, number: int, report: data.Report) -> list[data.Conversatio
         report.add(name, "dropped: no answer from the teacher")
         return []
     tasks = parse_completion(reply.text, cut_off=not reply.ended)
-    return list(data.parse_conversations(tasks, name, report))
+    return list(data.parse_conversations(tasks, name, report, data.parse_alpaca))
 
 
 def generate(cfg, report: data.Report) -> list[data.Conversation]:
@@ -194,8 +194,8 @@ def generate(cfg, report: data.Report) -> list[data.Conversation]:
                 kept += found
             asked += BATCH
             tokens += count_tokens(replies)
-            bar.n = min(len(kept), cfg.count)
-            bar.set_postfix(requests=asked, tokens=tokens)
+            bar.set_postfix(requests=asked, tokens=tokens, refresh=False)
+            bar.update(len(kept) - bar.n)
     print(f"{len(kept)} tasks kept from {asked} requests; {tokens} tokens")
     if dry >= DRY:
         print(f"stopped: the last {dry} requests gave nothing new")
