@@ -72,9 +72,9 @@ def load_prompts(path: str) -> dict[str, str]:
     return found
 
 
-def fill(prompt: str, **texts: str) -> str:
+def fill(template: str, **texts: str) -> str:
     """Fills the blanks at once: a text may itself contain "{prompt}"."""
-    return re.sub(r"\{(prompt|evolved)\}", lambda match: texts[match[1]], prompt)
+    return re.sub(r"\{(prompt|evolved)\}", lambda match: texts[match[1]], template)
 
 
 # -- elimination ----------------------------------------------------------------------------------

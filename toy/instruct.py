@@ -110,7 +110,7 @@ def solve(meaning: tuple | None, scene: Scene) -> str | None:
         return None if None in answers else " ".join(answers)
     if kind == "reasoning":
         changed = suppose(parts[0], parts[1], scene)
-        return changed and solve(parts[2], changed)
+        return None if changed is None else solve(parts[2], changed)
     if kind == "complicate":
         *words, asked = parts
         added = Object(*words)
@@ -382,7 +382,7 @@ class InstructConfig:
     count: int = 600  # instructions that Self-Instruct shall find
     records: int = 3000  # of each training file
     rounds: int = 3  # of Evol-Instruct
-    steps: int = 100  # of each fine-tuning; the toy chain's Alpaca has 100
+    steps: int = 200  # of each fine-tuning
     questions: int = 100  # in each row of the tables
     seed: int = 0  # of the data and of the training
 
@@ -427,7 +427,7 @@ def verdict(name: str, other: str, rows: dict, n: int) -> str:
     mean = (a + b) / 2
     noise = 2 * (2 * mean * (1 - mean) / (n * len(rows))) ** 0.5
     said = f"{name} {100 * a:.0f}%, {other} {100 * b:.0f}%"
-    if abs(a - b) < noise:
+    if abs(a - b) <= noise:
         return f"{said}: no difference beyond noise ({100 * noise:.0f} points)"
     return f"{said}: {name if a > b else other} wins"
 
