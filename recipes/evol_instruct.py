@@ -15,9 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import data
-from recipes.output import count_tokens, refuse_overwrite, replies_beside, write_result
+from recipes.output import (
+    count_tokens,
+    open_teacher,
+    refuse_overwrite,
+    replies_beside,
+    write_result,
+)
 from tools.config import UserError, check_above, check_at_least, run, suggest
-from tools.teacher import Reply, teacher
+from tools.teacher import Reply
 
 # -- prompts: our own words, for what the paper's ask for -----------------------------------------
 
@@ -215,7 +221,7 @@ def main(cfg: Config) -> dict:
     if not cfg.teacher:
         raise UserError("--teacher is missing: MODEL@URL, a checkpoint, or oracle")
     prompts = load_prompts(cfg.prompts) if cfg.prompts else PROMPTS
-    model = teacher(cfg.teacher, cfg.temperature, cfg.max_new_tokens)
+    model = open_teacher(cfg)
     report, pool, tokens = data.Report(), [], 0
     for task in data.load_conversations(cfg.file, report):
         if len(task.turns) == 2:

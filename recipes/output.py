@@ -7,7 +7,7 @@ from pathlib import Path
 
 import data
 from tools import teacher
-from tools.config import Stopped, UserError
+from tools.config import Stopped, UserError, refuse_unused
 
 
 def refuse_overwrite(source: str, out: str) -> None:
@@ -27,6 +27,13 @@ def write_result(conversations: Sequence[data.Conversation], out: str, report: d
     for reason, n in report.most_common():
         print(f"{n:>8}  {reason}")
     return dict(written=written, **report)
+
+
+def open_teacher(cfg):
+    """The teacher that the options name."""
+    if teacher.kind(cfg.teacher) == "toy":
+        refuse_unused(cfg, ("temperature", "max_new_tokens"), "the toy's oracle has none")
+    return teacher.teacher(cfg.teacher, cfg.temperature, cfg.max_new_tokens)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from recipes.output import count_tokens, refuse_overwrite, replies_beside, write_result
+from recipes.output import (
+    count_tokens,
+    open_teacher,
+    refuse_overwrite,
+    replies_beside,
+    write_result,
+)
 from tools.config import UserError, check_above, check_at_least, refuse_unused, run
-from tools.teacher import teacher
 
 KINDS = {"completions": ({"choices"},)}
 FIELD = re.compile(r"^(?:#{3}\s*)?\d+\.\s*(Instruction|Input|Output):", re.M)
@@ -178,7 +183,7 @@ def generate(cfg, report: data.Report) -> list[data.Conversation]:
     seeds = data.load_conversations(cfg.seeds)
     if len(seeds) < 3:
         raise UserError(f"{cfg.seeds} has {len(seeds)} tasks; each request shows three")
-    ask = teacher(cfg.teacher, cfg.temperature, cfg.max_new_tokens)
+    ask = open_teacher(cfg)
     new, kept, asked, dry, tokens = Filter(report, seeds), [], 0, 0, 0
     with replies_beside(cfg.out) as cache, tqdm(total=cfg.count, desc="tasks kept") as bar:
         while len(kept) < cfg.count and dry < DRY:

@@ -41,7 +41,7 @@ EVOLVED = {  # operation: what it makes of an instruction (.+)
 
 def form_pattern(form: str) -> re.Pattern:
     """Matches a form of toy.world.ASK; its blanks are named groups."""
-    parts = re.split(r"\{(\w+)\}", form.rstrip("?."))
+    parts = re.split(r"\{(\w+)\}", form.rstrip("?. "))
     pattern = re.escape(parts[0])
     for blank, text in zip(parts[1::2], parts[2::2]):
         pattern += f"(?P<{blank}>{BLANKS.get(blank, '[^ ]+')})" + re.escape(text)
@@ -69,7 +69,7 @@ def understand(text: str) -> tuple | None:
         if match := wrapper.fullmatch(text):
             text = match[1]
     for kind, pattern in PATTERNS:
-        if match := pattern.fullmatch(text.rstrip("?.")):
+        if match := pattern.fullmatch(text.rstrip("?. ")):
             words = match.groupdict()
             if "at" in words:  # it may begin the sentence
                 words["at"] = words["at"].lower()
