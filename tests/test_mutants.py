@@ -252,7 +252,7 @@ OPENASSISTANT = [
 ]
 
 SELF_INSTRUCT = [
-    ("tasks that are just not too similar are dropped", "filter_tasks",
+    ("tasks that are just not too similar are dropped", "Filter.keeps",
      "> 0.7", ">= 0.7",
      "test_recipes.py::test_completions"),
 ]

@@ -34,7 +34,7 @@ import train_sft
 import train_vlm
 import vision
 from conftest import ROOT, our_modules
-from recipes import identity, koala, openassistant, self_instruct, sharegpt
+from recipes import evol_instruct, identity, koala, openassistant, self_instruct, sharegpt
 from tools import (
     bench,
     checkpoint,
@@ -47,7 +47,7 @@ from tools import (
     teacher,
     web,
 )
-from toy import exam, pictures, probe, world
+from toy import exam, instruct, pictures, probe, world
 
 MICRO = ROOT / "tests" / "micro"
 
@@ -224,6 +224,9 @@ def write_files_for_recipes(files: Path) -> None:
     texts = [f"1. Instruction: {task}\n1. Input:\n1. Output: Yes." for task in tasks]
     completions = [dict(choices=[dict(text=text)]) for text in texts]
     write_lines(files, "completions.jsonl", [json.dumps(c) for c in completions])
+    write_lines(files, "seeds.jsonl", [json.dumps(task) for task in instruct.seed_tasks(0)])
+    prompts = {name: text + " Go." for name, text in evol_instruct.PROMPTS.items()}
+    (files / "evol.json").write_text(json.dumps(prompts), encoding="utf-8")
 
 
 def tree(i: int) -> dict:
@@ -460,6 +463,19 @@ SCRIPTS["exam"] = Script(exam.ExamConfig, exam.main, {
 }, dict(ckpt="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
 
 
+def spy_on_instruct(record: Record) -> None:
+    record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
+    record.spy(train_sft, "fine_tune", lambda cfg, *rest: (cfg, rest), lambda *_: None)
+    record.spy(instruct, "right_answers", lambda net, tokenizer, *rest: rest, lambda *_: 0.5)
+
+
+SCRIPTS["instruct"] = Script(instruct.InstructConfig, instruct.main, {
+    "chain": dict(base="FILES/base", out="HERE/instruct", count=20, records=40, rounds=2),
+    "seeds": dict(seeds="HERE/seeds.jsonl"),
+}, dict(seeds="HERE/other.jsonl", base="FILES/other_base", out="HERE/other", count=10, records=30,
+        rounds=1, steps=3, questions=5, seed=7), spy_on_instruct)
+
+
 # -- tools/bench.py: nothing is timed -------------------------------------------------------------
 
 def spy_on_bench(record: Record) -> None:
@@ -499,7 +515,7 @@ SCRIPTS["speed"] = Script(bench.SpeedConfig, bench.speed, {
 
 # -- teachers and the judge: replies come from a stand-in -----------------------------------------
 
-def spy_on_teachers(record: Record) -> None:
+def spy_on_teachers(record: Record, reply: str = "9 8") -> None:
     class StandIn:
         """Instead of a server or a checkpoint."""
         why = ""
@@ -510,7 +526,7 @@ def spy_on_teachers(record: Record) -> None:
 
         def __call__(self, conversations, keep=None):
             record.note("asked", digest(conversations))
-            replies = [teacher.Reply("9 8", True) for _ in conversations]
+            replies = [teacher.Reply(reply, True) for _ in conversations]
             for i, reply in enumerate(replies):
                 if keep:
                     keep(i, reply)
@@ -555,9 +571,20 @@ SCRIPTS["koala"] = Script(koala.Config, koala.main, {
 SCRIPTS["openassistant"] = Script(openassistant.Config, openassistant.main, {
     "trees": dict(file="FILES/trees.jsonl", out="HERE/oasst.json", valid=0.5),
 }, dict(file="FILES/other_trees.jsonl", out="HERE/other.json", pick="best", valid=0.25))
+LIST = "Say what you see.\n4. Input:\n4. Output: Nothing."
+SERVER = "gpt@http://localhost/v1"
 SCRIPTS["self_instruct"] = Script(self_instruct.Config, self_instruct.main, {
     "parse": dict(file="FILES/completions.jsonl", out="HERE/alpaca.json"),
-}, dict(file="FILES/other_completions.jsonl", out="HERE/other.json"))
+    "oracle": dict(seeds="FILES/seeds.jsonl", teacher="oracle", count=9, out="HERE/alpaca.json"),
+    "server": dict(seeds="FILES/seeds.jsonl", teacher=SERVER, out="HERE/alpaca.json"),
+}, dict(file="FILES/other_completions.jsonl", seeds="FILES/other_seeds.jsonl", count=1,
+        teacher="FILES/base", out="HERE/other.json", temperature=0.3, max_new_tokens=9, seed=7),
+    lambda record: spy_on_teachers(record, LIST))
+SCRIPTS["evol_instruct"] = Script(evol_instruct.Config, evol_instruct.main, {
+    "oracle": dict(file="FILES/seeds.jsonl", teacher="oracle", rounds=2, out="HERE/evol.json"),
+    "server": dict(file="FILES/seeds.jsonl", teacher=SERVER, rounds=2, out="HERE/evol.json"),
+}, dict(file="FILES/other_seeds.jsonl", teacher="FILES/base", rounds=1, out="HERE/other.json",
+        prompts="FILES/evol.json", temperature=0.3, max_new_tokens=9, seed=7), spy_on_teachers)
 SCRIPTS["identity"] = Script(identity.Config, identity.main, {
     "make": dict(out="HERE/identity.json"),
 }, dict(name="Eva", maker="a school", out="HERE/other.json"))

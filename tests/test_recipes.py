@@ -6,17 +6,27 @@
 FOLDER holds seed_tasks.jsonl (Stanford Alpaca) and oasst_en_100_trees.jsonl (Open-Assistant).
 """
 
+import contextlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import data
-from recipes import identity, koala, openassistant, self_instruct, sharegpt
+from conftest import ROOT
+from recipes import evol_instruct, identity, koala, openassistant, self_instruct, sharegpt
 from test_data import conversation, real
 from test_data_files import check_reasons, write
-from tools import config
+from test_teacher import fake  # noqa: F401  (a fixture)
+from tools import config, teacher
+from toy import instruct
 
 pytest.importorskip("markdownify")
 pytest.importorskip("py3langid")
@@ -254,6 +264,7 @@ COMPLETIONS = [
     ({"choices": [dict(message=dict(content=task(4, SAY)), finish_reason="stop")]},
      [[SAY, "Yes."]], []),
     ({"choices": [dict(finish_reason="stop")]}, [], ["no conversation"]),
+    (wrote(task(4, SAY, out=SAY)), [], ["also the output"]),
     # Alpaca's filter
     *[(wrote(task(4, text)), [[text, "Yes."]], [])
       for text in ("a " * 149 + "a", "Is mapping or drawing filed here?",
@@ -295,6 +306,256 @@ def test_real_seed_tasks():
     tasks = data.load_conversations(real("seed_tasks.jsonl"))
     kept = self_instruct.filter_tasks(tasks, report)
     assert len(tasks) == 175 and len(kept) == 169 and sorted(report.values()) == [1, 1, 2, 2]
+
+
+# -- self_instruct and evol_instruct with a teacher -----------------------------------------------
+
+def reasons(out) -> dict:
+    return json.loads(Path(f"{out}.report.json").read_text(encoding="utf-8"))["reasons"]
+
+
+@pytest.fixture
+def seeds(tmp_path) -> Path:
+    return write(tmp_path / "seeds.json", instruct.seed_tasks(0))
+
+
+def test_a_request_shows_three_seeds_and_ends_where_the_list_goes_on(seeds):
+    tasks = data.load_conversations(seeds)
+    text = self_instruct.request(tasks, 0, 7).turns[0].text
+    assert text == self_instruct.request(tasks, 0, 7).turns[0].text
+    assert text != self_instruct.request(tasks, 0, 8).turns[0].text
+    assert text.endswith("###\n4. Instruction:")
+    listed = text.partition("###\n")[2].removesuffix("4. Instruction:")
+    shown = self_instruct.parse_completion(listed)
+    by_text = {c.turns[0].text.rstrip(":"): c.turns for c in tasks}
+    assert len(shown) == 3
+    for found in shown:
+        asked, reply = by_text[found["instruction"]]
+        assert found["output"] == reply.text and found["input"] == (asked.input or "<noinput>")
+
+
+def write_list(body: dict) -> str:
+    text = body["messages"][-1]["content"]
+    return instruct.write_tasks(text, random.Random(text))[0]
+
+
+def test_a_server_that_fails_in_the_usual_ways(tmp_path, seeds, fake):  # noqa: F811
+    """Busy and broken for a while, empty, a chat instead of a list, cut off: what is good is kept,
+    the rest has a reason, and what was paid for is counted."""
+    lists = {"empty": "", "chat": "Sure! Which kind of tasks do you want?",
+             "seed": task(4, data.load_conversations(seeds)[0].turns[0].text),
+             "cut": task(4, SAY) + "5. Instruction: Now be quiet, please.\n5. Output: Ye"}
+    said, replies = iter(lists.values()), {}
+
+    def says(body):
+        text = body["messages"][-1]["content"]
+        if text not in replies:  # a request that is tried again gets the reply of its first time
+            replies[text] = next(said, task(4, QUIET))
+        return replies[text]
+
+    fake.says, fake.script = says, [(429, "slow down"), (500, "oops")]
+    out = tmp_path / "out.json"
+    run(self_instruct.main, self_instruct.Config, f"--seeds={seeds}", f"--out={out}",
+        f"--teacher=gpt@{fake.url}", "--count=9")
+    # The replies of a batch may come in any order.
+    assert sorted(texts(data.load_conversations(out))) == [[QUIET, "Yes."], [SAY, "Yes."]]
+    counts = reasons(out)
+    asked = len(fake.answered)
+    assert counts == {"dropped: no reply": 3, "dropped: the instruction is like an earlier one":
+                      asked - 4}
+    body = fake.requests[-1][1]
+    assert body["temperature"] == 1.0 and body["max_tokens"] == 3072
+    assert len(teacher.ReplyCache(Path(f"{out}.replies.jsonl")).replies) == asked
+
+
+def test_a_teacher_that_says_nothing_new_stops_the_run(tmp_path, seeds, fake, capsys):  # noqa: F811
+    fake.says = lambda body: task(4, SAY)
+    figures = run(self_instruct.main, self_instruct.Config, f"--seeds={seeds}",
+                  f"--out={tmp_path / 'out.json'}", f"--teacher=gpt@{fake.url}", "--count=50")
+    assert figures["written"] == 1 and len(fake.answered) <= self_instruct.DRY + 2 * 4
+    printed = capsys.readouterr().out
+    assert "gave nothing new" in printed and f"{10 * len(fake.answered)} tokens" in printed
+
+
+# Prompts that a test can read
+PLAIN = {name: f"{name}|{{prompt}}" for name in evol_instruct.OPERATIONS}
+PLAIN["equal"] = "equal|{prompt}|{evolved}"
+HARD = "Say it in three words."
+
+
+def evolving(rewritten: str = HARD, verdict: str = "Different", answer: str = "As you wish."):
+    """What a server says to the three kinds of requests."""
+    def says(body: dict) -> str:
+        text = body["messages"][-1]["content"]
+        if text.startswith("equal|"):
+            return verdict
+        return rewritten if "|" in text else answer
+    return says
+
+
+LONG_SORRY = "I am sorry, " + "but here it is, " * 20
+# (what the teacher says, the reason in the report, requests until then)
+EVOLVED = [
+    ({}, None, 3),
+    (dict(rewritten=f"#Rewritten Prompt#: {HARD}"), "words of the evolving prompt", 1),
+    (dict(rewritten="Given prompt: so."), "words of the evolving prompt", 1),
+    (dict(rewritten=""), "empty or cut off", 1),
+    (dict(rewritten=f" {SAY}"), "no information gain", 1),
+    (dict(verdict="Equal."), "no information gain", 2),
+    (dict(verdict="Not equal"), None, 3),
+    (dict(verdict="I like both."), "unreadable", 2),
+    (dict(answer="I'm sorry, I can not."), "says sorry", 3),
+    (dict(answer=LONG_SORRY), None, 3),
+    (dict(answer="It is what it is..."), "punctuation and stop words", 3),
+    (dict(answer="?!"), "punctuation and stop words", 3),
+    (dict(answer="42."), None, 3),
+]
+
+
+@pytest.mark.parametrize("said, reason, requests", EVOLVED, ids=range(len(EVOLVED)))
+def test_eliminations(tmp_path, fake, said, reason, requests):  # noqa: F811
+    """What is eliminated costs no further request, and only the parent is in the file."""
+    file, out = tmp_path / "alpaca.json", tmp_path / "out.json"
+    write(file, [dict(id="a", instruction=SAY, input="Hm.", output="Yes.")])
+    fake.says = evolving(**said)
+    run(evol_instruct.main, evol_instruct.Config, file, f"--teacher=gpt@{fake.url}", "--rounds=1",
+        f"--out={out}", f"--prompts={write(tmp_path / 'p.json', [PLAIN])}")
+    assert len(fake.answered) == requests
+    parent, *children = data.load_conversations(out)
+    assert parent.turns[0].text == SAY and parent.extra == {"round": 0}
+    assert [name for name in reasons(out) if reason and reason in name] == list(reasons(out))
+    assert len(children) == (reason is None)
+    for child in children:
+        answer = said.get("answer", "As you wish.").strip()
+        assert child.turns == [data.Turn("user", HARD, "Hm."), data.Turn("assistant", answer)]
+        operation = child.extra["operation"]
+        assert child.id == "a.1" and child.extra == dict(parent="a", operation=operation, round=1)
+        asked = [body["messages"][-1]["content"] for body in fake.answered]
+        before, after = f"{SAY}\nHm.", f"{HARD}\nHm."
+        assert asked == [f"{operation}|{before}", f"equal|{before}|{after}", after]
+
+
+def test_what_is_cut_off_is_dropped():
+    whole, cut = (teacher.Reply("Say it in three words.", ended) for ended in (True, False))
+    assert evol_instruct.why_no_instruction(whole, SAY) is None
+    assert "cut off" in evol_instruct.why_no_instruction(cut, SAY)
+    assert evol_instruct.why_no_answer(whole) is None
+    assert "cut off" in evol_instruct.why_no_answer(cut)
+    for why in (evol_instruct.why_no_instruction(None, SAY), evol_instruct.why_no_gain(None),
+                evol_instruct.why_no_answer(None)):
+        assert why == "no answer from the teacher"
+
+
+def test_what_fails_stays_in_the_pool(tmp_path, fake):  # noqa: F811
+    """It is asked again in the next round, even if the operation and so the request is the same:
+    with the reply of the first round it would fail forever. What has evolved evolves further."""
+    file, out = tmp_path / "alpaca.json", tmp_path / "out.json"
+    write(file, [dict(id="a", instruction=SAY, output="Yes."),
+                 dict(id="b", instruction=QUIET, output="Yes.")])
+    only = {name: "x|{prompt}" for name in PLAIN} | dict(equal=PLAIN["equal"])
+    said = iter(["", HARD])
+
+    def says(body):
+        text = body["messages"][-1]["content"]
+        if text == f"x|{SAY}":
+            return next(said)
+        return evolving(text.removeprefix("x|") + " Hush!")(body)
+
+    fake.says = says
+    run(evol_instruct.main, evol_instruct.Config, file, f"--teacher=gpt@{fake.url}", "--rounds=2",
+        f"--out={out}", f"--prompts={write(tmp_path / 'p.json', [only])}")
+    found = {c.id: (c.turns[0].text, c.extra.get("parent")) for c in data.load_conversations(out)}
+    assert found == {"a": (SAY, None), "b": (QUIET, None), "a.2": (HARD, "a"),
+                     "b.1": (f"{QUIET} Hush!", "b"), "b.1.2": (f"{QUIET} Hush! Hush!", "b.1")}
+
+
+def test_a_round_in_which_nothing_evolves_is_the_last(tmp_path, fake, capsys):  # noqa: F811
+    file = write(tmp_path / "alpaca.json", [dict(instruction=SAY, output="Yes.")])
+    fake.says = lambda body: ""
+    run(evol_instruct.main, evol_instruct.Config, file, f"--teacher=gpt@{fake.url}",
+        f"--out={tmp_path / 'out.json'}")
+    assert len(fake.answered) == 1 and "nothing evolved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(deepn="{prompt}"), "unknown prompt deepn; did you mean deepen"),
+    (dict(breadth=None), "the prompt breadth is missing"),
+    (dict(equal="{prompt}"), r"the prompt equal has no \{evolved\}"),
+    (dict(reasoning="Harder!"), r"the prompt reasoning has no \{prompt\}")])
+def test_prompts_that_are_refused(tmp_path, change, message):
+    prompts = {name: text for name, text in {**PLAIN, **change}.items() if text}
+    with pytest.raises(config.UserError, match=message):
+        evol_instruct.load_prompts(write(tmp_path / "prompts.json", [prompts]))
+
+
+def test_a_task_that_quotes_a_blank_is_not_filled_in_twice():
+    filled = evol_instruct.fill("{prompt}|{evolved}", prompt="{evolved}", evolved="{prompt} {x}")
+    assert filled == "{evolved}|{prompt} {x}"
+
+
+def toy_server(body: dict) -> str:
+    """The toy's teacher behind a server: it reads the prompts of PLAIN, and writes lists."""
+    text = body["messages"][-1]["content"]
+    kind, _, rest = text.partition("|")
+    if kind == "equal":
+        return "Different"
+    if kind in PLAIN:
+        return f"{rest} Say it twice."
+    return write_list(body) if "###" in text else f"About {text}"
+
+
+def killed(fake, module: str, argv: list, after: int) -> None:  # noqa: F811
+    """Runs a command that is killed when it has `after` replies and waits for others."""
+    file = Path(f"{dict(word.split('=') for word in argv if '=' in word)['--out']}.replies.jsonl")
+
+    def kill(body):
+        while not file.exists() or file.read_bytes().count(b"\n") < after:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        return ("half",)
+
+    fake.script = [None] * after + [kill] * 4
+    process = subprocess.Popen([sys.executable, "-m", module, *argv], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, printed = process.communicate()
+    assert process.returncode == -signal.SIGKILL, printed
+    fake.script = []
+
+
+@pytest.mark.parametrize("recipe", [self_instruct, evol_instruct], ids=lambda x: x.__name__[8:])
+def test_after_kill_9_nothing_is_asked_twice(tmp_path, seeds, fake, recipe):  # noqa: F811
+    """Six replies were paid for, two of them in a batch that was not complete."""
+    fake.says, argv = toy_server, [f"--seeds={seeds}", "--count=30"]
+    if recipe is evol_instruct:
+        argv = [str(write(tmp_path / "few.json", instruct.seed_tasks(0)[:5])), "--rounds=2",
+                f"--prompts={write(tmp_path / 'prompts.json', [PLAIN])}"]
+    argv.append(f"--teacher=gpt@{fake.url}")
+    run(recipe.main, recipe.Config, *argv, f"--out={tmp_path / 'whole.json'}")
+    undisturbed = Counter(json.dumps(body) for body in fake.answered)
+    fake.answered.clear()
+    argv.append(f"--out={tmp_path / 'killed.json'}")
+    killed(fake, recipe.__name__, argv, after=6)
+    assert len(fake.answered) == 6 and not (tmp_path / "killed.json").exists()
+    run(recipe.main, recipe.Config, *argv)
+    assert Counter(json.dumps(body) for body in fake.answered) == undisturbed
+    for end in (".json", ".json.report.json"):
+        whole, again = ((tmp_path / f"{name}{end}").read_text(encoding="utf-8")
+                        for name in ("whole", "killed"))
+        assert again == whole
+    run(recipe.main, recipe.Config, *argv)
+    assert sum(undisturbed.values()) == len(fake.answered), "a finished run asks nothing"
+
+
+def test_ctrl_c_says_where_the_replies_are(tmp_path, seeds, fake):  # noqa: F811
+    def interrupt(body):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    fake.says, fake.script = toy_server, [None] * 5 + [interrupt]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C
+    with pytest.raises(config.Stopped, match=r"\d+ replies are kept in .*out.json.replies.jsonl"):
+        run(self_instruct.main, self_instruct.Config, f"--seeds={seeds}",
+            f"--teacher=gpt@{fake.url}", f"--out={tmp_path / 'out.json'}")
 
 
 # -- openassistant --------------------------------------------------------------------------------
@@ -490,7 +751,11 @@ def test_identity(tmp_path):
     (openassistant.main, openassistant.Config, [], "does not come from OpenAssistant"),
     (openassistant.main, openassistant.Config, ["--pick=top0"], "expected all, best"),
     (openassistant.main, openassistant.Config, ["--valid=1.0"], "less than 1"),
-    (self_instruct.main, self_instruct.Config, [], "no record has `choices`")],
+    (self_instruct.main, self_instruct.Config, [], "no record has `choices`"),
+    (self_instruct.main, self_instruct.Config, ["--count=3"], "--count=3 has no effect"),
+    (evol_instruct.main, evol_instruct.Config, [], "--teacher is missing"),
+    (evol_instruct.main, evol_instruct.Config, ["--teacher=oracle", "--temperature=0.5"],
+     "--temperature=0.5 has no effect")],
     ids=lambda x: x if isinstance(x, str) else "")
 def test_mistyped_options(tmp_path, monkeypatch, main, cls, argv, message):
     """One line that says what to do, and the input file is still there."""

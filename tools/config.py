@@ -119,8 +119,8 @@ def parse_value(name: str, kind: Any, text: str):
 
 
 def make_parser(cls: type, presets: Iterable[str], prog: str | None) -> _Parser:
-    """An argparse parser with one option for each field of `cls`; fields without a default are
-    positional."""
+    """An argparse parser with one option for each field of `cls`. Fields without a default are
+    positional; so is one with metadata "positional", which may be left out."""
     notes = comments(cls)
     parser = _Parser(
         prog=prog, allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
@@ -130,6 +130,9 @@ def make_parser(cls: type, presets: Iterable[str], prog: str | None) -> _Parser:
         parse = functools.partial(parse_value, field.name, field.type)
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, type=parse, help=note)
+            continue
+        if "positional" in field.metadata:
+            parser.add_argument(field.name, type=parse, help=note, nargs="?")
             continue
         flag = dict(nargs="?", const=True) if field.type is bool else {}
         kind = getattr(field.type, "__name__", "").upper()

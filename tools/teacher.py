@@ -109,20 +109,22 @@ class ReplyCache:
             file.write("\n" + line)  # newline first: the last line may be truncated
 
     def ask(self, model, conversations: Conversations, settings: list, label: str) -> Replies:
-        """The reply to each conversation, from the file or from the model."""
+        """The reply to each conversation, from the file or from the model. Without a label, the
+        caller reports progress."""
         if model.name in TOYS:  # costs nothing, and its rules may have been edited
             return model(conversations)
         keys = [reply_key(model, c, settings) for c in conversations]
         missing = {key: c for key, c in zip(keys, conversations) if key not in self.replies}
         missing_keys = list(missing)
 
-        with tqdm(total=len(missing), desc=label, leave=False) as bar:
+        with tqdm(total=len(missing), desc=label, leave=False, disable=not label) as bar:
             def keep(n: int, reply: Reply) -> None:
                 self.add(missing_keys[n], reply)
                 bar.update()
 
             model(list(missing.values()), keep)
-        print_tokens(label, [self.replies[key] for key in missing_keys if key in self.replies])
+        if label:
+            print_tokens(label, [self.replies[key] for key in missing_keys if key in self.replies])
         return [self.replies.get(key) for key in keys]
 
 
@@ -322,7 +324,8 @@ class Oracle:
     """Answers and judges questions about the toy world, whose true answers come with the question.
 
     conversation.extra holds one of: "question" (a toy.world.Question) to answer; "question" and two
-    "answers" to compare; "repair", a caption to fix.
+    "answers" to compare; "repair", a caption to fix; "wanted", a step of recipes/self_instruct.py
+    or recipes/evol_instruct.py, in which it has faults (toy/instruct.py).
     """
 
     def __init__(self, kind: str):
@@ -331,7 +334,13 @@ class Oracle:
         self.name, self.why = kind, ""
 
     def __call__(self, conversations: Conversations, keep: Keep | None = None) -> Replies:
-        replies = [Reply(self.reply(c), True) for c in conversations]
+        replies = []
+        for c in conversations:
+            if "wanted" in c.extra:
+                from toy import instruct
+                replies.append(Reply(*instruct.reply(c)))
+            else:
+                replies.append(Reply(self.reply(c), True))
         if keep:
             for i, reply in enumerate(replies):
                 keep(i, reply)
