@@ -11,6 +11,7 @@ asked in which week, and the hints, stand in course/weeks.py.
 import ast
 import functools
 import textwrap
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -115,25 +116,25 @@ HEADER = '''"""Week {week}: {title}.
     python -m pytest --impl={path} -m week{week}
 
 tests what is here. Write a function, delete its `raise NotImplementedError`, run that again. What
-still raises NotImplementedError is skipped, and ours is used in its place. Read docs/course.md first,
-and try each hint only after the one before it.
+still raises NotImplementedError is skipped, and ours is used in its place. Read docs/course.md
+first, and try each hint only after the one before it.
 """'''
 
 
-def week_file(week: int, blank: bool, path: str = "FILE") -> str:
-    """The text of a week's file, with the functions blanked or as they are."""
+def week_file(week: int, path: str, solved: Container[str] = (), header: str = HEADER) -> str:
+    """The text of a week's file. The exercises in `solved` are as they are, all others blanked."""
     exercises = WEEKS[week].exercises
     sources = [find(exercise.name) for exercise in exercises]
     blocks: dict[tuple, list[str]] = {}  # a class is opened once, for all its methods
     for exercise, source in zip(exercises, sources):
-        text = lines_of(source, exercise if blank else None)
+        text = lines_of(source, None if exercise.name in solved else exercise)
         key = (source.module, (source.owner or source.function).name)
         if source.owner and key not in blocks:
             blocks[key] = class_head(source)
         elif source.owner:
             blocks[key].append("")
         blocks[key] = blocks.get(key, []) + text
-    header = HEADER.format(week=week, title=WEEKS[week].title, path=path)
+    header = header.format(week=week, title=WEEKS[week].title, path=path)
     parts = ["\n".join([header, "", *imports(sources)])]
     parts += ["\n".join(block) for block in blocks.values()]
     return "\n\n\n".join(parts) + "\n"
@@ -145,6 +146,10 @@ def class_head(source: Source) -> list[str]:
     head = lines[owner.lineno - 1:docstring_end(owner)]
     file = path_of(source.module).relative_to(ROOT)
     return [*head, f"    # The other methods are ours: {file}, line {owner.lineno}.", ""]
+
+
+def names(week: int) -> list[str]:
+    return [exercise.name for exercise in WEEKS[week].exercises]
 
 
 @dataclass
@@ -168,7 +173,8 @@ def main(cfg: ExercisesConfig) -> dict:
         if path.exists():
             kept.append(path.name)
             continue
-        path.write_text(week_file(week, not cfg.solutions, str(path)), encoding="utf-8")
+        path.write_text(week_file(week, str(path), names(week) if cfg.solutions else ()),
+                        encoding="utf-8")
         written.append(path.name)
     if kept:
         print(f"kept in {folder}: {', '.join(kept)} (to get one anew, rename or delete it first)")

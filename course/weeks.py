@@ -19,8 +19,8 @@ class Exercise(NamedTuple):
     def tests(self) -> list[str]:
         """The checks as "test_model.py::test_rmsnorm_by_hand"."""
         parts = self.name.split(".")
-        n_module = 2 if parts[0] in ("tools", "toy") else 1
-        file = f"test_{parts[n_module - 1]}.py"
+        module = parts[1] if parts[0] in ("tools", "toy") else parts[0]
+        file = "test_train.py" if module == "train_sft" else f"test_{module}.py"
         return [check if "::" in check else f"{file}::{check}" for check in self.checks.split()]
 
 
@@ -402,8 +402,8 @@ WEEKS = {
                 "A 0/1 matrix (questions, words) times idf, rows normalized; the product with a "
                 "new row's vector; argmax.")),
         Exercise(
-            "toy.exam.majority", "test_the_majority_answers_each_kind_with_its_most_frequent_answer",
-            (
+            "toy.exam.majority",
+            "test_the_majority_answers_each_kind_with_its_most_frequent_answer", (
                 "Without looking at the question at all, but for its kind.",
                 "A Counter for each kind.",
                 'Counter.most_common(1); a kind that was never seen gets "Yes."')),
