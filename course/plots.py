@@ -69,8 +69,7 @@ def rope(run: Path):
         rotated = model.apply_rope(ones, *model.rope_table(512, 64, theta))[0, :, 0]
         right.plot(rotated @ rotated[0] / 64, label=f"theta = {theta:,.0f}")
     right.axhline(0, color="black", linewidth=0.5)
-    right.set(title="score of two equal vectors", xlabel="distance in tokens",
-              ylabel="relative to distance 0")
+    right.set(title="score of two equal vectors, 1 at distance 0", xlabel="distance in tokens")
     right.legend()
     return figure
 
@@ -151,6 +150,7 @@ def lora(run: Path):
             axis.plot(range(len(share) + 1), [0, *share], label=f"layer {layer}")
         axis.set(title=f"{name}: Vicuna minus base", xlabel="rank", ylim=(0, 1.02))
         axis.axvline(8, color="black", linestyle=":", linewidth=1)
+        axis.text(9.5, 0.02, "rank 8")
     axes[0].set_ylabel("share of the squared change")
     axes[1].legend()
     return figure

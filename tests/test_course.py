@@ -6,12 +6,18 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import conftest
+import data
 from conftest import ROOT
-from course import bugs, exercises
+from course import bugs, exercises, plots
 from course.weeks import WEEKS
+from test_vlm import MICRO, save_encoder, small_minigpt4
+from tools import checkpoint
 from tools.config import UserError
 
 EVERY_WEEK = " or ".join(f"week{week}" for week in WEEKS)
@@ -173,3 +179,53 @@ def test_every_week_has_bugs_to_find(week, tmp_path, capsys):
         what = bugs.main(bugs.BugsConfig(week, seed, reveal=True))["what"]
         assert what not in text and what in capsys.readouterr().out
     assert len(found) == n, "two seeds give the same bug"
+
+
+# -- plots ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What train_sft.py and train_vlm.py leave behind, with the micro model in every place."""
+    run = tmp_path_factory.mktemp("run")
+    net, tokenizer, meta = checkpoint.load(MICRO)
+    for name in ("base", "vicuna"):
+        for p in net.parameters():
+            p.data += 0.01 * torch.randn_like(p)
+        checkpoint.save(run / name, net, dict(step=1, template=meta["template"]), tokenizer)
+        lines = [json.dumps(dict(step=step, loss=3 / (step + 1))) for step in range(60)]
+        (run / name / "metrics.jsonl").write_text("\n".join(lines))
+    right = dict.fromkeys(("base", "Alpaca", "Vicuna", "no scene"), 0.5)
+    table = dict(table=dict(scenes=right, pairs=right, later=right))
+    (run / "table.json").write_text(json.dumps(table))
+    eyes = small_minigpt4()
+    encoder = save_encoder(run / "vision", eyes, data.Tokenizer(tokenizer))
+    settings = dict(vision=str(encoder), vision_crc=checkpoint.fingerprint(encoder),
+                    llama=str(MICRO), llama_crc=checkpoint.fingerprint(MICRO))
+    projection = {name: w for name, w in eyes.state_dict().items() if "llama_proj" in name}
+    meta = dict(step=1, template="vicuna_v1.1", settings=settings)
+    checkpoint.save(run / "minigpt4", eyes, meta, tokenizer, weights=projection)
+    return run
+
+
+def test_every_plot_is_drawn(run_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = plots.main(plots.PlotsConfig("all", str(run_folder), str(tmp_path)))
+    assert done["written"] == list(plots.PLOTS)
+    for name in plots.PLOTS:
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+        assert min(pixels.shape) > 200 and pixels.std() > 10, f"{name} is empty"
+
+
+def test_what_a_plot_lacks_is_one_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    nowhere = dict(run=str(tmp_path / "nowhere"), out=str(tmp_path))
+    monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("masks", "losses")})
+    with pytest.raises(UserError, match="nowhere has no metrics.jsonl"):
+        plots.main(plots.PlotsConfig("losses", **nowhere))
+    assert plots.main(plots.PlotsConfig("all", **nowhere))["written"] == ["masks"]
+    assert "left out losses: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="choose from all, masks"):
+        plots.PlotsConfig("maks")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plots.main(plots.PlotsConfig("masks", **nowhere))
