@@ -28,7 +28,7 @@ from tools.config import UserError
 from tools.run import read_metrics
 from toy import pictures, world
 
-GREEN, GREY = "#4caf50", "#d9d9d9"
+GREEN, GRAY = "#4caf50", "#d9d9d9"
 
 
 def subplots(rows: int = 1, columns: int = 1, width: float = 9, height: float = 3.2, **options):
@@ -179,26 +179,25 @@ def quantization(run: Path):
 # -- data and training ----------------------------------------------------------------------------
 
 def chips(run: Path):
-    """A conversation as tokens: grey where nothing is learned, green in the loss, darker where the
+    """A conversation as tokens: gray where nothing is learned, green in the loss, darker where the
     model finds it harder."""
     from matplotlib import colormaps
     net, tokenizer, template = load(run)
     example = data.render(held_out_conversation(3), template, tokenizer)
-    losses = data.token_losses(net, example)
-    figure, (axis,) = subplots(width=11, height=4)
+    loss = np.nan_to_num(data.token_losses(net, example))
+    darkness = np.log10(loss.clip(1e-3, 1)) / 3 + 1  # 0 at 0.001 nats, 1 from 1 nat on
+    figure, (axis,) = subplots(width=11, height=2.6)
     column, row = 0, 0
-    for label, mark, loss in zip(labels(tokenizer, example.tokens), example.labels, losses):
-        if column + len(label) > 118:
+    for label, mark, dark in zip(labels(tokenizer, example.tokens), example.labels, darkness):
+        if column + len(label) > 154:
             column, row = 0, row + 1
-        shade = GREY if mark == data.IGNORE else colormaps["Greens"](0.2 + 0.6 * min(loss, 2) / 2)
+        shade = GRAY if mark == data.IGNORE else colormaps["Greens"](0.2 + 0.6 * dark)
         axis.text(column, -row, label.replace("$", r"\$"), family="monospace", size=8,
                   bbox=dict(facecolor=shade, edgecolor="white", pad=1.5))
-        column += len(label) + 1.2
-    axis.set(xlim=(0, 120), ylim=(-row - 1, 1))
+        column += len(label) + 1
+    axis.set(xlim=(0, 160), ylim=(-row - 0.5, 0.8))
     axis.set_axis_off()
-    mean = np.nanmean(losses)
-    axis.set_title(f"grey: not supervised. green: in the loss (mean {mean:.2f} nats), darker = "
-                   "higher loss", size=10)
+    axis.set_title("gray: not supervised; green: in the loss, darker from 0.001 to 1 nat", size=10)
     return figure
 
 
@@ -210,8 +209,8 @@ def schedule(run: Path):
     for label, settings in shown.items():
         cfg = train_sft.SFTConfig(steps=1000, learning_rate=1.0, **settings)
         axis.plot([train_sft.learning_rate(step, cfg) for step in range(1000)], label=label)
-    axis.set(xlabel="step", ylabel="learning rate / peak", title="learning rate")
-    axis.legend()
+    axis.set(xlabel="step", ylabel="learning rate / peak", ylim=(0, 1.4))
+    axis.legend(loc="upper right")
     return figure
 
 
@@ -227,7 +226,8 @@ def losses(run: Path):
         width = max(1, len(curve) // 50)
         smooth = np.convolve(curve, np.ones(width) / width, "valid")
         left.plot(np.arange(len(smooth)) + width - 1, smooth, label=name)
-    left.set(title="training loss", xlabel="step", ylabel="nats per supervised token")
+    left.set(title="training loss", xlabel="step", ylabel="nats per supervised token",
+             yscale="log")
     left.legend()
     table = json.loads((run / "table.json").read_text(encoding="utf-8"))["table"]
     rows = dict(scenes="held-out\nscenes", pairs="held-out\npairs", later="earlier\nturns")
@@ -260,7 +260,7 @@ def patches(run: Path):
             y, x = row * (size + gap), column * (size + gap)
             patch = picture[row * size:(row + 1) * size, column * size:(column + 1) * size]
             apart[y:y + size, x:x + size] = patch
-            right.text(x, y - 0.6, row * n + column + 1, size=7)
+            right.text(x, y + 2, row * n + column + 1, size=7, color="white")
     right.imshow(apart)
     for axis, title in ((left, f"{len(picture)} x {len(picture)} pixels"),
                         (right, f"{n * n} patches, in reading order")):

@@ -6,7 +6,7 @@ file. An exercise is solved when all of its checks pass. Choices of this house, 
 initialization, are not checked.
 """
 
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -575,11 +575,12 @@ def find_test(nodeid: str) -> str:
     return f"{Path(path).name}::{test.split('[')[0]}"
 
 
-def exercises_of(test: str, weeks) -> Iterator[Exercise]:
-    """The exercises of these weeks that a test checks."""
-    for week in weeks:
-        yield from (e for e in WEEKS[week].exercises if test in e.tests())
-
-
-def weeks_of(test: str) -> list[int]:
-    return [week for week in WEEKS if any(exercises_of(test, [week]))]
+@functools.cache
+def exercises_by_test() -> dict[str, list[tuple[int, Exercise]]]:
+    """test_model.py::test_stop -> the (week, exercise) pairs that it checks."""
+    found: dict[str, list[tuple[int, Exercise]]] = {}
+    for week, (_, exercises) in WEEKS.items():
+        for exercise in exercises:
+            for test in exercise.tests():
+                found.setdefault(test, []).append((week, exercise))
+    return found
