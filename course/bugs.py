@@ -13,7 +13,7 @@ from pathlib import Path
 
 from course.exercises import ROOT, find, lines_of, names, week_file
 from course.weeks import WEEKS
-from tools.config import UserError, check_at_least, run
+from tools.config import UserError, check_at_least, refuse_unused, run
 
 HEADER = '''"""Week {week}: {title}. One line of this file is wrong. Which?
 
@@ -76,6 +76,8 @@ class BugsConfig:
         check_at_least(self, 0, "seed")
         if self.week not in WEEKS:
             raise UserError(f"--week={self.week}: there are weeks {min(WEEKS)} to {max(WEEKS)}")
+        if self.reveal:
+            refuse_unused(self, ("out",), "--reveal writes no file")
 
 
 def main(cfg: BugsConfig) -> dict:

@@ -8,6 +8,7 @@ where a language model is enough, a checkpoint.
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import random
@@ -24,7 +25,7 @@ import model
 import train_sft
 import vision
 from tools import checkpoint, config, inside, quantize
-from tools.config import UserError
+from tools.config import UserError, refuse_unused
 from tools.run import read_metrics
 from toy import pictures, world
 
@@ -57,7 +58,7 @@ def held_out_conversation(rounds: int) -> data.Conversation:
 
 # -- the model ------------------------------------------------------------------------------------
 
-def rope(run: Path):
+def rope():
     """RoPE: how far each pair has turned at each position, and what that does to scores."""
     figure, (left, right) = subplots(1, 2)
     cos, _ = model.rope_table(256, 64, theta=2000.0)
@@ -74,7 +75,7 @@ def rope(run: Path):
     return figure
 
 
-def masks(run: Path):
+def masks():
     """Who may attend to whom: a plain row, a packed one, one with padding at the left."""
     figure, axes = subplots(1, 3, height=3.6)
     index = torch.arange(10)
@@ -118,7 +119,7 @@ def retrieval(run: Path):
     return figure
 
 
-def sampling(run: Path):
+def sampling():
     """One distribution under temperature, top-k and top-p: 20,000 draws of model.sample each."""
     words = ["blue", "red", "green", "pink", "black", "white", "brown", "gray"]
     logits = torch.tensor([3.0, 2.4, 1.8, 1.2, 0.4, -0.2, -1.0, -2.0])
@@ -201,7 +202,7 @@ def chips(run: Path):
     return figure
 
 
-def schedule(run: Path):
+def schedule():
     """Warmup and cosine, ours and the published one."""
     figure, (axis,) = subplots(width=6)
     shown = {"ours: warmup 10%, down to a tenth": dict(warmup=0.1, min_lr=0.1),
@@ -248,7 +249,7 @@ def toy_picture() -> tuple[world.Scene, np.ndarray]:
     return scene, pictures.draw(scene, rng)
 
 
-def patches(run: Path):
+def patches():
     """What the ViT reads: the patches of a picture, row by row."""
     picture, size = toy_picture()[1], vision.ViTConfig().patch_size
     figure, (left, right) = subplots(1, 2, width=7, height=3.6)
@@ -311,7 +312,7 @@ def qformer(run: Path):
     return figure
 
 
-def position_bias(run: Path):
+def position_bias():
     """Three judges read the same answers in both orders."""
     figure, (axis,) = subplots(width=7, height=2.6)
     for kind in ("oracle", "longer", "first"):
@@ -335,33 +336,35 @@ def position_bias(run: Path):
 
 # -- python -m course.plots -----------------------------------------------------------------------
 
-PLOTS = dict(rope=rope, masks=masks, retrieval=retrieval, sampling=sampling, lora=lora,
-             quantization=quantization, chips=chips, schedule=schedule, losses=losses,
-             patches=patches, qformer=qformer, judge=position_bias)
+PLOTS = dict(rope=rope, masks=masks, sampling=sampling, schedule=schedule, patches=patches,
+             judge=position_bias)
+RUN_PLOTS = dict(retrieval=retrieval, lora=lora, quantization=quantization, chips=chips,
+                 losses=losses, qformer=qformer)
+ALL = [*PLOTS, *RUN_PLOTS]
 
 
 @dataclass
 class PlotsConfig:
-    name: str  # all, or one of those that --help lists
+    name: str  # rope, masks, ... (`all` draws every one)
     run: str = "out"  # folder of a run, or a checkpoint
     out: str = "plots"  # folder to write to
 
     def __post_init__(self):
-        if self.name not in (*PLOTS, "all"):
-            raise UserError(f"unknown plot {self.name}; choose from all, {', '.join(PLOTS)}")
+        if self.name not in (*ALL, "all"):
+            raise UserError(f"unknown plot {self.name}; choose from all, {', '.join(ALL)}")
+        if self.name in PLOTS:
+            refuse_unused(self, ("run",), f"{self.name} is drawn without a run")
 
 
 def main(cfg: PlotsConfig) -> dict:
     """Writes NAME.png. With "all", a plot whose files are missing is left out, and said so."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: pip install matplotlib")
     out, written = Path(cfg.out), []
     out.mkdir(parents=True, exist_ok=True)
-    for name in PLOTS if cfg.name == "all" else [cfg.name]:
+    for name in ALL if cfg.name == "all" else [cfg.name]:
         try:
-            figure = PLOTS[name](Path(cfg.run))
+            figure = PLOTS[name]() if name in PLOTS else RUN_PLOTS[name](Path(cfg.run))
         except UserError as error:
             if cfg.name != "all":
                 raise
