@@ -173,6 +173,7 @@ def did_you_mean(unknown: list[str], modules) -> str:
     for module in modules:
         for name, value in own_names(module).items():
             ours |= {name, *(f"{name}.{method}" for method in functions_of(value))}
+    ours -= set(unknown)  # they stand in our class now
     close = [match for name in unknown for match in difflib.get_close_matches(name, ours, 1, 0.8)]
     return f"; did you mean {', '.join(close)}?" if close else ""
 

@@ -568,11 +568,11 @@ SCRIPTS["identity"] = Script(identity.Config, identity.main, {
 # -- the course -----------------------------------------------------------------------------------
 
 SCRIPTS["exercises"] = Script(exercises.ExercisesConfig, exercises.main, {
-    "blank": dict(out="HERE/mine", week=2),
-}, dict(out="HERE/other", week=3, solutions=True))
+    "blank": dict(out="mine", week=2),
+}, dict(out="other", week=3, solutions=True))
 SCRIPTS["bugs"] = Script(bugs.BugsConfig, bugs.main, {
-    "bug": dict(out="HERE/mine"),
-}, dict(week=3, seed=1, reveal=True, out="HERE/other"))
+    "bug": dict(out="mine"),
+}, dict(week=3, seed=1, reveal=True, out="other"))
 SCRIPTS["plots"] = Script(plots.PlotsConfig, plots.main, {
     "of a model": dict(name="chips", run="FILES/base", out="HERE/plots"),
 }, dict(name="rope", run="FILES/other_base", out="HERE/other"))
