@@ -1,6 +1,6 @@
 """Turns files of text or conversations into rows of tokens and labels.
 
-    python data.py show sharegpt.json                     # supervised tokens are highlighted
+    python data.py show sharegpt.json                     # token by token, supervised ones marked
     python data.py show sharegpt.json --ckpt=out/vicuna   # with the loss of each of them
     python data.py stats sharegpt.json                    # conversations, turns, tokens, lengths
 
@@ -15,13 +15,16 @@ Where the sums disagree, they mask out the conversation or supervise the wrong t
 import bisect
 import contextlib
 import gzip
+import html
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import sys
+import tempfile
 import unicodedata
 import zlib
 from collections import Counter
@@ -987,15 +990,17 @@ def decode_reply(ids: Sequence[int], template: str, tokenizer: Tokenizer) -> tup
 @dataclass
 class ShowConfig:
     file: str  # ShareGPT or Alpaca
-    tokenizer: str = ""  # checkpoint folder or tokenizer.model; default: --ckpt's, or out/base's
+    tokenizer: str = ""  # folder or tokenizer.model; default: --ckpt's, out/base's, or a new one
     template: str = ""  # default: --ckpt's, or alpaca for Alpaca files and vicuna_v1.1 for others
-    ckpt: str = ""  # checkpoint folder: print the loss of each supervised token, in nats
-    count: int = 2  # conversations to print
+    ckpt: str = ""  # checkpoint folder: show the loss of each supervised token, in nats
+    html: str = ""  # write a page to this file instead of printing
+    count: int = 2  # conversations to show
     seed: int = 0  # for choosing them
 
 
 def show(cfg: ShowConfig) -> dict:
-    """Prints rendered conversations; supervised text is green on a terminal, elsewhere in [[ ]]."""
+    """Shows rendered conversations token by token. Supervised tokens are green on a terminal and in
+    the page, and stand in [[ ]] elsewhere."""
     if cfg.ckpt:
         refuse_unused(cfg, ("tokenizer",), f"{cfg.ckpt} has its own")
     report, meta, model = Report(), {}, None
@@ -1003,22 +1008,40 @@ def show(cfg: ShowConfig) -> dict:
     if cfg.ckpt:
         from tools import checkpoint  # the rest of this file needs no model
         model, _, meta = checkpoint.load(cfg.ckpt)
-    tokenizer = find_tokenizer(cfg.tokenizer or cfg.ckpt or "out/base")
+    tokenizer = tokenizer_to_show(cfg, conversations)
     template = cfg.template or meta.get("template") or default_template(kind_of(cfg.file))
-    total, supervised = 0, 0
+    total, supervised, sections = 0, 0, []
     chosen = random.Random(cfg.seed).sample(conversations, min(cfg.count, len(conversations)))
     for c in chosen:
         example = render(c, template, tokenizer)
         counts = token_counts(c, example, template, tokenizer)
-        print(f"\n--- {c.id} (template {template}): {counts}")
+        title = f"{c.id} (template {template}): {counts}"
         losses = token_losses(model, example) if model else None
-        print(highlight(example, tokenizer, losses))
+        chips = split_into_chips(example, tokenizer, losses)
         if losses is not None and not np.isnan(losses).all():
-            print(f"loss {np.nanmean(losses):.3f} nats per supervised token")
+            title += f", loss {np.nanmean(losses):.3f} nats per supervised token"
+        if not cfg.html:
+            print(f"\n--- {title}\n{print_chips(chips, sys.stdout.isatty())}")
+        sections.append((title, chips))
         total += len(example.tokens)
         supervised += n_supervised(example)
+    if cfg.html:
+        with atomic_write(cfg.html) as file:
+            file.write(page_of_chips(sections))
+        print(f"wrote {cfg.html}")
     print(f"\n{len(conversations)} conversations in {cfg.file}{report}")
     return dict(conversations=len(chosen), tokens=total, supervised=supervised, **report)
+
+
+def tokenizer_to_show(cfg: ShowConfig, conversations: Sequence[Conversation]) -> Tokenizer:
+    """The tokenizer that was asked for or out/base's. Without either, a new one is trained on the
+    file itself, which is enough to see where tokens and the loss mask begin and end."""
+    if cfg.tokenizer or cfg.ckpt or Path("out/base/latest").exists():
+        return find_tokenizer(cfg.tokenizer or cfg.ckpt or "out/base")
+    print("no --tokenizer, and none in out/base: a new one, trained on this file")
+    texts = [turn.whole() for c in conversations[:3000] for turn in c.turns]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer(texts, 1024, Path(folder) / "tokenizer.model")
 
 
 def n_supervised(example: Example) -> int:
@@ -1037,19 +1060,75 @@ def token_counts(c: Conversation, example: Example, template: str, tokenizer: To
     return f"{total} tokens: system {system}, user {user}{images}, assistant {assistant}"
 
 
-def highlight(example: Example, tokenizer: Tokenizer, losses: np.ndarray | None) -> str:
-    """The text of an example with its supervised parts marked. With losses, each supervised token
-    is followed by its own."""
-    on, off = ("\033[92m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+class Chip(NamedTuple):
+    """A token as it is shown, or several image slots."""
+    text: str
+    supervised: bool
+    loss: float  # in nats; NaN where there is none
+
+
+def split_into_chips(example: Example, tokenizer: Tokenizer,
+                     losses: np.ndarray | None = None) -> list[Chip]:
+    tokens, chips = example.tokens, []
+    for slots, group in itertools.groupby(range(len(tokens)), lambda i: tokens[i] == IMAGE_SLOT):
+        places = list(group)
+        if slots:
+            chips.append(Chip(f"<{len(places)} image slots>", False, math.nan))
+            continue
+        for i in places:
+            loss = math.nan if losses is None else float(losses[i])
+            chips.append(Chip(spell_one(tokenizer, tokens[i]), example.labels[i] != IGNORE, loss))
+    return chips
+
+
+def spell_one(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token. A part of a character is shown as its byte, a newline also as ↵."""
+    text = spell(tokenizer, [token])
+    if "\ufffd" in text:
+        text = tokenizer.sp.id_to_piece(token)
+    return text.replace("\n", "↵\n")
+
+
+def print_chips(chips: Sequence[Chip], colored: bool) -> str:
+    """Chips in alternating shades of gray and green for a terminal. Elsewhere | is between tokens,
+    and [[ ]] around those that are supervised."""
     out = []
-    for begin, end, supervised in runs(example.labels):
-        text = spell(tokenizer, example.tokens[begin:end])
-        if supervised and losses is not None:
-            marked = [f"{spell(tokenizer, example.tokens[i:i + 1])}({losses[i]:.2f})"
-                      for i in range(begin, end)]
-            text = "".join(marked)
-        out.append(on + text + off if supervised else text)
+    for i, chip in enumerate(chips):
+        text = chip.text if math.isnan(chip.loss) else f"{chip.text}({chip.loss:.2f})"
+        if colored:
+            shade = (22, 28)[i % 2] if chip.supervised else (236, 240)[i % 2]  # of 256 colors
+            out.append(f"\033[97;48;5;{shade}m{text}\033[0m")
+            continue
+        before = "|" if i else ""
+        if chip.supervised and not chips[i - 1].supervised:
+            before += "[["
+        ends = chip.supervised and (i + 1 == len(chips) or not chips[i + 1].supervised)
+        out.append(before + text + ("]]" if ends else ""))
     return "".join(out)
+
+
+CHIP_STYLE = """body { font: 15px/2 monospace; max-width: 60em; margin: 2em auto; padding: 0 1em }
+h2 { font: bold 15px sans-serif } p { white-space: pre-wrap; overflow-wrap: anywhere }
+span { border-radius: 3px; padding: 2px 0; margin: 0 1px; background: #ddd; color: #111 }
+span.supervised { background: #7ecb81 }"""
+
+
+def page_of_chips(sections: Sequence[tuple[str, list[Chip]]]) -> str:
+    """A page that needs nothing else: a title and chips for each conversation. Pointing at a chip
+    shows its loss, and the darker it is, the higher."""
+    parts = [f"<!doctype html>\n<meta charset=utf-8>\n<title>Tokens and loss mask</title>\n"
+             f"<style>\n{CHIP_STYLE}\n</style>"]
+    for title, chips in sections:
+        parts.append(f"<h2>{html.escape(title)}</h2>\n<p>")
+        for chip in chips:
+            marks = ' class="supervised"' if chip.supervised else ""
+            if not math.isnan(chip.loss):
+                lightness = 85 - 40 * min(chip.loss, 2) / 2  # percent: 85 at 0 nats, 45 from 2 on
+                marks += f' style="background: hsl(122 45% {lightness:.0f}%)"'
+                marks += f' title="{chip.loss:.3f} nats"'
+            parts.append(f"<span{marks}>{html.escape(chip.text)}</span>")
+        parts.append("</p>\n")
+    return "".join(parts)
 
 
 def token_losses(model, example: Example) -> np.ndarray:

@@ -1,13 +1,17 @@
-"""Shared by all tests: threads, seeds, and `--impl`.
+"""Shared by all tests: threads, seeds, `--impl`, and partial credit for the weeks of the course.
 
-    pytest                        # the repository's own code
-    pytest --impl=my_model.py     # the same tests on what my_model.py defines
+    pytest                                        # the repository's own code
+    pytest --impl=my_model.py                     # the same tests on what my_model.py defines
+    pytest --impl=my_course/week2.py -m week2     # the checks of a week, and how many are passed
+    pytest --impl=my_course/week2.py -m week2 --report=ada.json     # the same for a grader
 """
 
 import difflib
 import importlib
 import importlib.util
 import inspect
+import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -16,20 +20,42 @@ from types import ModuleType
 import pytest
 import torch
 
+from course.weeks import WEEKS, exercises_by_test, find_test
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the tensors are tiny, and other tests run beside this one
 
 header: list[str] = []
+filled: set[str] = set()  # what the files of --impl define: model.apply_rope, model.RMSNorm.forward
+blank: set[str] = set()  # what they leave open with NotImplementedError
 
 
 def pytest_addoption(parser):
     parser.addoption("--impl", action="append", default=[], metavar="FILE",
                      help="test what FILE defines instead of ours; may be given several times")
+    parser.addoption("--report", default="", metavar="FILE",
+                     help="write the score of --impl in the weeks of -m to this JSON file")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads it
+def pytest_cmdline_main(config):
+    """A student's checks run in one process: they are few, and breakpoint() works there."""
+    has_xdist = hasattr(config.option, "numprocesses")
+    if has_xdist and config.getoption("--impl") and weeks_asked(config):
+        config.option.numprocesses = 0
 
 
 def pytest_configure(config):
+    for week in WEEKS:
+        config.addinivalue_line("markers", f"week{week}: {WEEKS[week].title}")
+    if config.getoption("--report") and not (config.getoption("--impl") and weeks_asked(config)):
+        raise pytest.UsageError("--report needs --impl=FILE and -m weekN")
     for file in config.getoption("--impl"):  # before the tests are imported
-        header.extend(install(file))
+        try:
+            header.extend(install(file))
+        except pytest.UsageError as error:  # a grader gets a file for everybody
+            write_report(config, dict(score(weeks_asked(config)), error=str(error)))
+            raise
 
 
 def pytest_report_header(config):
@@ -55,32 +81,101 @@ def our_modules() -> dict[str, ModuleType]:
 
 def install(file: str) -> list[str]:
     """Replaces our names by those that `file` defines; tests say `model.RMSNorm`, so they find the
-    new one. Returns lines that say what was replaced, and what was not known."""
-    student, modules = own_names(load(file)), our_modules().values()
+    new one. What the file leaves blank stays ours. Returns lines that say what was replaced, and
+    what was not known."""
+    theirs, modules = load(file), our_modules().values()
+    student = own_names(theirs)
     # `main` and the like are defined in several files: take the one the student's resembles most.
     by_likeness = sorted(modules, key=lambda m: -len(own_names(m).keys() & student.keys()))
-    replaced, unknown = [], []
+    replaced, empty, unknown = [], [], []
     for name, value in student.items():
         home = next((m for m in by_likeness if name in own_names(m)), None)
         if home is None:
             unknown.append(name)
             continue
-        old = getattr(home, name)
-        if old is value:  # a constant that is the same
+        ours = getattr(home, name)
+        if ours is value:  # a constant that is the same
             continue
-        for module in modules:  # also where it was imported by name
-            if getattr(module, name, None) is old:
-                setattr(module, name, value)
-        replaced.append(f"{home.__name__}.{name}")
-    ours = {name for module in modules for name in own_names(module)}
-    close = [match for name in unknown for match in difflib.get_close_matches(name, ours, 1, 0.8)]
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    if not replaced:
+        full_name = f"{home.__name__}.{name}"
+        if inspect.isclass(value) and inspect.isclass(ours) and not is_whole(value, ours):
+            new, open_ones, strange = graft(value, ours)
+            replaced += [f"{full_name}.{method}" for method in new]
+            empty += [f"{full_name}.{method}" for method in open_ones]
+            unknown += [f"{name}.{method}" for method in strange]
+            setattr(theirs, name, ours)
+        elif is_blank(value):
+            empty.append(full_name)
+            setattr(theirs, name, ours)
+        else:
+            replaced.append(full_name)
+            filled.update(f"{full_name}.{method}" for method in functions_of(value))
+            replace_everywhere(ours, value, name)
+    filled.update(replaced)
+    blank.update(empty)
+    hint = did_you_mean(unknown, modules)
+    if not replaced and not empty:
         raise pytest.UsageError(f"--impl={file} defines none of our names{hint}")
-    lines = [f"--impl={file} replaces {', '.join(replaced)}; all else is ours"]
+    lines = [f"--impl={file} replaces {', '.join(replaced) or 'nothing yet'}; all else is ours"]
+    if empty:
+        lines.append(f"--impl={file}: still blank, so ours are used: {', '.join(empty)}")
     if unknown:
         lines.append(f"--impl={file}: not ours, so not tested: {', '.join(unknown)}{hint}")
     return lines
+
+
+def replace_everywhere(ours, value, name: str) -> None:
+    """In the module that defines it, and where it was imported by name."""
+    others = [module for key, module in sys.modules.items() if key.startswith("impl_")]
+    for module in (*our_modules().values(), *others):
+        if getattr(module, name, None) is ours:
+            setattr(module, name, value)
+
+
+def functions_of(value) -> dict:
+    """The functions in the body of a class; none of anything else."""
+    if not inspect.isclass(value):
+        return {}
+    return {name: member for name, member in vars(value).items() if inspect.isfunction(member)}
+
+
+def is_blank(value) -> bool:
+    """Does this function still raise NotImplementedError?"""
+    code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+    return code is not None and "NotImplementedError" in code.co_names
+
+
+def is_whole(theirs: type, ours: type) -> bool:
+    """Has the class every method of ours, written out? Then it replaces ours as it is."""
+    given = {name for name, method in functions_of(theirs).items() if not is_blank(method)}
+    asked = {name for name in functions_of(ours) if name == "__init__" or name[:2] != "__"}
+    return asked <= given
+
+
+def graft(theirs: type, ours: type) -> tuple[list[str], list[str], list[str]]:
+    """Puts single methods into our class. Returns their names, those of blank methods, and those
+    that ours does not have."""
+    new, empty, strange = [], [], []
+    for name, method in functions_of(theirs).items():
+        if is_blank(method):
+            empty.append(name)
+            continue
+        (new if hasattr(ours, name) else strange).append(name)
+        bare = inspect.unwrap(method)
+        for variable, cell in zip(bare.__code__.co_freevars, bare.__closure__ or ()):
+            if variable == "__class__":  # what super() goes by
+                cell.cell_contents = ours
+        setattr(ours, name, method)
+    return new, empty, strange
+
+
+def did_you_mean(unknown: list[str], modules) -> str:
+    ours = set()
+    for module in modules:
+        for name, value in own_names(module).items():
+            ours |= {name, *(f"{name}.{method}" for method in functions_of(value))}
+    ours -= set(unknown)  # they stand in our class now
+    close = [match for name in unknown for match in difflib.get_close_matches(name, ours, 1, 0.8)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def load(file: str) -> ModuleType:
@@ -110,3 +205,87 @@ def own_names(module: ModuleType) -> dict:
         if not name.startswith("__") and not inspect.ismodule(value) and home == module.__name__:
             names[name] = value
     return names
+
+
+# -- partial credit: -m week2 ---------------------------------------------------------------------
+
+outcomes: dict[str, str] = {}  # of every check that was collected
+
+
+def weeks_asked(config) -> list[int]:
+    """The weeks that -m names. `-m "not week3"` asks for none."""
+    expression = config.getoption("-m") or ""
+    if re.search(r"\bnot\b", expression):
+        return []
+    named = re.findall(r"\bweek(\d+)\b", expression)
+    return sorted({int(week) for week in named} & set(WEEKS))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The other test files need not even be imported."""
+    weeks = weeks_asked(config)
+    if weeks and collection_path.suffix == ".py":
+        tests = {test for week in weeks for e in WEEKS[week].exercises for test in e.tests()}
+        if collection_path.name not in {test.split("::")[0] for test in tests}:
+            return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config, items):
+    """Marks the checks of each week. One whose exercises are all blank is skipped."""
+    asked = weeks_asked(config)
+    for item in items:
+        names = set()
+        for week, exercise in exercises_by_test().get(find_test(item.nodeid), ()):
+            item.add_marker(f"week{week}")
+            if week in (asked or WEEKS):
+                names.add(exercise.name)
+        # Without -m, a file may hold anything; then only what it leaves open is skipped.
+        is_open = names and not names & filled and (asked or names & blank)
+        if config.getoption("--impl") and is_open:
+            item.add_marker(pytest.mark.skip(reason=f"blank: {', '.join(sorted(names))}"))
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        outcomes[report.nodeid] = report.outcome
+
+
+def score(weeks: list[int]) -> dict:
+    """How many exercises are solved and how many checks passed, and of each exercise its state:
+    solved, wrong, or blank."""
+    exercises = {}
+    for exercise in (e for week in weeks for e in WEEKS[week].exercises):
+        tests = exercise.tests()
+        own = {node: outcome for node, outcome in outcomes.items() if find_test(node) in tests}
+        failed = [node for node, outcome in own.items() if outcome == "failed"]
+        passed = sum(outcome == "passed" for outcome in own.values())
+        state = "solved" if passed and not failed else "wrong"
+        if exercise.name not in filled:
+            state = "blank"
+        exercises[exercise.name] = dict(state=state, failed=failed)
+    return dict(
+        weeks=weeks, exercises=exercises, n_exercises=len(exercises),
+        solved=sum(e["state"] == "solved" for e in exercises.values()),
+        n_checks=len(outcomes), passed=sum(o == "passed" for o in outcomes.values()))
+
+
+def write_report(config, figures: dict) -> None:
+    if config.getoption("--report") and not hasattr(config, "workerinput"):  # once under xdist
+        text = json.dumps(dict(files=config.getoption("--impl"), **figures), indent=1)
+        Path(config.getoption("--report")).write_text(text + "\n", encoding="utf-8")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--impl") or not weeks_asked(config):
+        return
+    figures = score(weeks_asked(config))
+    write_report(config, figures)
+    terminalreporter.section("partial credit")
+    for name, exercise in figures["exercises"].items():
+        tests = sorted({find_test(node).split("::")[1] for node in exercise["failed"]})
+        failed = f": {', '.join(tests)}" if tests and exercise["state"] == "wrong" else ""
+        terminalreporter.line(f"{exercise['state']:<7} {name}{failed}")
+    terminalreporter.line(f"{figures['solved']} of {figures['n_exercises']} exercises, "
+                          f"{figures['passed']} of {figures['n_checks']} checks")

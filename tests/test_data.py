@@ -493,17 +493,59 @@ def test_asking_near_the_end_of_the_context(tokenizer):
 # -- python data.py show|stats --------------------------------------------------------------------
 
 def test_show(tmp_path, tokenizer, capsys):
-    """What is supervised stands in [[ ]]. Look at this before training on anything."""
+    """What is supervised stands in [[ ]], with | between tokens. Look at this before training on
+    anything."""
     file = tmp_path / "c.json"
     data.save_conversations([FOUR], file)
     data.show(data.ShowConfig(str(file), str(tokenizer.path)))
     out = capsys.readouterr().out
-    assert re.findall(r"\[\[ ?(.*?)\]\]", out) == ["A</s>", "B</s>"]
-    assert f"<s> {VICUNA} USER: Q ASSISTANT:[[" in out
+    assert re.findall(r"\[\[ ?(.*?)\]\]", out) == ["A|</s>", "B|</s>"]
+    example = data.render(FOUR, "vicuna_v1.1", tokenizer)
+    assert "\n<s>|" in out and out.count("|") == len(example.tokens) - 1
     counts = re.search(r"(\d+) tokens: system (\d+), user (\d+), assistant (\d+)", out).groups()
     total, system, user, assistant = map(int, counts)
     assert system == len(tokenizer.encode(VICUNA)) and assistant == 4
     assert total == system + user + assistant
+
+
+def test_show_without_any_tokenizer(tmp_path, capsys, monkeypatch):
+    """On the first day there is no model yet. It was an error; a misspelled one still is."""
+    monkeypatch.chdir(tmp_path)
+    data.save_conversations([FOUR], "c.json")
+    data.show(data.ShowConfig("c.json"))
+    out = capsys.readouterr().out
+    assert "a new one, trained on this file" in out and "|[[" in out
+    with pytest.raises(UserError, match="no tokenizer at out/bsae"):
+        data.show(data.ShowConfig("c.json", "out/bsae"))
+
+
+def test_chips(tokenizer):
+    """One chip a token: bytes of a character without a piece, a newline that can be seen, image
+    slots as one. On a terminal the shades alternate, and green is supervised."""
+    turns = [data.Turn("user", "a\nb", slots=3), data.Turn("assistant", "🙂")]
+    example = data.render(data.Conversation(turns, system=""), "alpaca", tokenizer)
+    chips = data.split_into_chips(example, tokenizer)
+    assert sum(chip.text == "<3 image slots>" for chip in chips) == 1
+    assert len(chips) == len(example.tokens) - 2
+    assert [chip.text for chip in chips if chip.supervised][-5:] == [
+        "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "</s>"]
+    assert "↵\n" in [chip.text for chip in chips]
+    colored = data.print_chips(chips, colored=True)
+    assert "\033[97;48;5;22m" in colored and "\033[97;48;5;28m" in colored and "[[" not in colored
+
+
+def test_the_page_of_chips(tmp_path):
+    """No text of a conversation is markup, and nothing is loaded from elsewhere."""
+    evil = "</span><script>alert(1)</script>"
+    file, page = tmp_path / "c.json", tmp_path / "c.html"
+    data.save_conversations([conversation(evil, evil, id=evil)], file)
+    data.show(data.ShowConfig(str(file), ckpt=str(MICRO), html=str(page)))
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and not re.search(r"https?://|\bsrc=|@import|<link", text)
+    shown = re.sub(r"<[^>]*>", "", text.split("<p>")[1])
+    assert shown.count("&lt;/span&gt;&lt;script&gt;alert(1)") == 2
+    assert text.count('class="supervised"') == text.count(" nats\">") > 5
+    assert text.count("<span") == text.count("</span>")
 
 
 def test_loss_of_each_token(tmp_path, capsys):

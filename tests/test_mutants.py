@@ -22,6 +22,7 @@ import pytest
 
 import conftest
 from conftest import ROOT
+from course import bugs
 
 
 class Bug(NamedTuple):
@@ -167,6 +168,14 @@ MODEL = [
     ("fresh keys differ from queries", "init_for_retrieval",
      "wk.copy_(wq[::n_rep])", "pass",
      "test_retrieval_init_attends_to_recent_and_to_identical_tokens"),
+
+    # LoRA
+    ("merging forgets the scale", "merge_lora",
+     "LORA_SCALE * adapters", "adapters",
+     "test_lora_begins_at_the_base_model_and_merges_exactly"),
+    ("the base weights are not frozen", "add_lora",
+     "model.requires_grad_(False)", "pass",
+     "test_lora_begins_at_the_base_model_and_merges_exactly"),
 ]
 
 CHECKPOINT = [
@@ -280,6 +289,69 @@ TRAIN_SFT = [
     ("Muon forgets Nesterov", "Muon.muon_step",
      "p.grad + 0.95 * state", "state",
      "test_train.py::test_muon_equals_the_textbook_matrix_by_matrix"),
+    ("the cosine ends at zero", "learning_rate",
+     "(cfg.min_lr + (1 - cfg.min_lr) * cosine)", "cosine",
+     "test_train.py::test_learning_rate_warms_up_and_ends_at_a_tenth"),
+    ("the last micro-batch is lost if it is small", "micro_batches",
+     "range(0, len(batch[0]), size)", "range(0, len(batch[0]) - size + 1, size)",
+     "test_weeks.py::test_micro_batches_are_all_rows_once"),
+
+    # fine-tuning
+    ("what is held out is trained on", "hold_out_a_tenth",
+     "return texts[:cut], texts[cut:]", "return texts, texts[cut:]",
+     "test_train.py::test_a_tenth_is_held_out"),
+    ("rows that fill up the last batch are scored", "validate",
+     "labels[torch.from_numpy(index >= len(rows))] = data.IGNORE", "pass",
+     "test_weeks.py::test_validation_counts_each_token_once"),
+]
+
+EXAM = [
+    ("one of a minimal pair is enough", "share_right",
+     "a and b for a, b", "a or b for a, b",
+     "test_a_minimal_pair_counts_only_if_both_are_right"),
+    ("a reply that was cut off counts", "answer",
+     "end and world.grade(", "world.grade(",
+     "test_a_reply_that_does_not_end_is_wrong"),
+    ("the control changes the questions of the others", "without_scene",
+     "blind.append(replace(item, turns=turns))",
+     "item.turns[:] = turns\n            blind.append(item)",
+     "test_without_scene_exchanges_the_scene_everywhere"),
+    ("frequent words count like rare ones", "nearest_neighbor",
+     "idf = np.log(len(bags) / matrix.sum(0))", "idf = np.ones(len(index), np.float32)",
+     "test_the_nearest_neighbor_goes_by_rare_words"),
+]
+
+JUDGE = [
+    ("the judge reads one answer twice", "judge_prompt",
+     "answer_1=in_turns(said[0])", "answer_1=in_turns(said[1])",
+     "test_prompts_from_a_published_file"),
+    ("braces in an answer are filled in", "judge_prompt",
+     'text = FIELDS.sub(lambda match: parts[match[1]], record["prompt_template"])',
+     'text = record["prompt_template"]\n'
+     '    for name in parts:\n'
+     '        text = text.replace("{" + name + "}", parts[name])',
+     "test_prompts_have_the_published_structure"),
+    ("a player does not see its own answers", "player_prompt",
+     '[data.Turn("user", text), data.Turn("assistant", reply.text)]', '[data.Turn("user", text)]',
+     "test_a_second_turn_shows_the_first_answer_and_an_interrupted_run_resumes"),
+    ("True is a score", "two_scores",
+     "type(v) in (int, float)", "isinstance(v, (int, float))",
+     "test_stored_scores_count_and_else_the_text_is_read"),
+]
+
+REPORT = [
+    ("the second order is not turned back", "outcome",
+     "scores[1] = scores[1][::-1]", "pass",
+     "test_weeks.py::test_a_win_must_hold_in_both_orders"),
+    ("a win in one order is enough", "outcome",
+     "verdict=winners[0] if agree else 0", "verdict=winners[0]",
+     "test_weeks.py::test_a_win_must_hold_in_both_orders"),
+    ("ties count as decided", "agreement",
+     " for x, y in votes if x and y]", " for x, y in votes]",
+     "test_judge.py::test_agreement_with_and_without_ties"),
+    ("the better answer counts as the longer one's win", "biases",
+     'if r["swapped"] and r["truth"] == 0]', 'if r["swapped"]]',
+     "test_weeks.py::test_biases_by_hand"),
 ]
 
 SAMPLE = [
@@ -484,7 +556,7 @@ REPORT = [
 
 FILES = {
     "model.py": MODEL, "data.py": DATA, "train_sft.py": TRAIN_SFT, "vision.py": VISION,
-    "sample.py": SAMPLE,
+    "sample.py": SAMPLE, "judge.py": JUDGE, "toy/exam.py": EXAM, "tools/report.py": REPORT,
     "tools/checkpoint.py": CHECKPOINT, "tools/convert.py": CONVERT, "tools/quantize.py": QUANTIZE,
     "tools/report.py": REPORT,
     "tools/terminal.py": TERMINAL, "tools/web.py": WEB, "tools/inside.py": INSIDE,
@@ -554,7 +626,9 @@ def start(request):
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.what}: {bug.test}")
 def test_bites(bug, start, tmp_path):
-    status, output = start(planted(bug), tmp_path / Path(bug.file).name, [node(bug)])
+    """A bug in an exercise is planted into that week's file, as `python -m course.bugs` does."""
+    code = bugs.buggy_week(bug, "FILE") or planted(bug)
+    status, output = start(code, tmp_path / Path(bug.file).name, [node(bug)])
     assert status != 0, f"{bug.test} stays green although {bug.file} has this bug: {bug.what}"
     own = re.search(r"^FAILED .* - (AssertionError|assert |Failed: DID NOT RAISE)", output, re.M)
     assert status == 1 and own, f"{bug.test} did not fail by its own assertion:\n{output}"

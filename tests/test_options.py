@@ -34,6 +34,7 @@ import train_sft
 import train_vlm
 import vision
 from conftest import ROOT, our_modules
+from course import bugs, exercises, plots
 from recipes import evol_instruct, identity, koala, openassistant, self_instruct, sharegpt
 from tools import (
     bench,
@@ -415,8 +416,9 @@ SCRIPTS["sample"] = Script(sample.SampleConfig, sample.main, {
 SCRIPTS["show"] = Script(data.ShowConfig, data.show, {
     "tokens": dict(file=CHATS, tokenizer="FILES/base"),
     "losses": dict(file=CHATS, ckpt="FILES/base"),
+    "page": dict(file=CHATS, tokenizer="FILES/base", html="HERE/page.html"),
 }, dict(file="FILES/other_chats.jsonl", tokenizer="FILES/large.model", template="koala",
-        ckpt="FILES/other_base", count=3, seed=7))
+        ckpt="FILES/other_base", html="HERE/other.html", count=3, seed=7))
 SCRIPTS["stats"] = Script(data.StatsConfig, data.stats, {
     "stats": dict(file=CHATS, tokenizer="FILES/base"),
 }, dict(file="FILES/other_chats.jsonl", tokenizer="FILES/large.model", template="koala"))
@@ -588,6 +590,19 @@ SCRIPTS["evol_instruct"] = Script(evol_instruct.Config, evol_instruct.main, {
 SCRIPTS["identity"] = Script(identity.Config, identity.main, {
     "make": dict(out="HERE/identity.json"),
 }, dict(name="Eva", maker="a school", out="HERE/other.json"))
+
+
+# -- the course -----------------------------------------------------------------------------------
+
+SCRIPTS["exercises"] = Script(exercises.ExercisesConfig, exercises.main, {
+    "blank": dict(out="mine", week=2),
+}, dict(out="other", week=3, solutions=True))
+SCRIPTS["bugs"] = Script(bugs.BugsConfig, bugs.main, {
+    "bug": dict(out="mine"),
+}, dict(week=3, seed=1, reveal=True, out="other"))
+SCRIPTS["plots"] = Script(plots.PlotsConfig, plots.main, {
+    "of a model": dict(name="chips", run="FILES/base", out="HERE/plots"),
+}, dict(name="rope", run="FILES/other_base", out="HERE/other"))
 
 
 # -- the tests ------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def choose_command(script: str, commands: dict, argv: list[str]) -> tuple:
 def program_name() -> str:
     """train_sft.py, or `python -m recipes.koala`."""
     path = Path(sys.argv[0])
-    if path.parent.name in ("tools", "toy", "recipes"):
+    if path.parent.name in ("tools", "toy", "recipes", "course"):
         return f"python -m {path.parent.name}.{path.stem}"
     return path.name
 
