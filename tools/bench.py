@@ -135,7 +135,7 @@ def load_examples(cfg: BenchConfig) -> list[data.Example]:
 
 def write_toy_instructions(path: Path) -> Path:
     rng = random.Random(0)
-    records = [world.instruction(rng) for _ in range(4000)]
+    records = [world.instruction(rng, i) for i in range(4000)]
     path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
