@@ -390,6 +390,9 @@ def load(folder, dtype: torch.dtype | None = torch.float32, device: str = "cpu",
     fast = False
     if quantize:
         fast, kernel = choose_kernel(device)
+        if device == "cpu" and not (fast and "AVX512" in torch.backends.cpu.get_cpu_capability()):
+            kernel += ("; llama.cpp is faster on this CPU: python -m tools.quantize "
+                       f"--ckpt={folder} --type={quantize}")
         print(f"{quantize}: {kernel}")
     with torch.device("meta"):  # allocates nothing
         net = model.LLaMA(config)
