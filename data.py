@@ -58,6 +58,7 @@ class Tokenizer:
         if not Path(path).is_file():
             raise UserError(f"no tokenizer at {path}: give --tokenizer=FILE, or train one with "
                             "python train_sft.py")
+        check_regular(path)
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
@@ -442,8 +443,7 @@ def read_text(path) -> str:
 # What a file begins with that is not text.
 NOT_TEXT = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\3\4": "a zip file",
             b"\xfd7zXZ": "an xz file", b"BZh": "a bzip2 file", b"\x28\xb5\x2f\xfd": "a zstd file",
-            b"7z\xbc\xaf": "a 7z file", b"%PDF": "a PDF", b"SQLite format": "an SQLite database",
-            b"version https://git-lfs": "a Git LFS pointer, not the data"}
+            b"7z\xbc\xaf": "a 7z file", b"%PDF": "a PDF", b"SQLite format": "an SQLite database"}
 # The beginning of JSON: a quoted string in an object or array, and what follows it there. Python
 # quotes with "'".
 JSON_BEGINS = re.compile(

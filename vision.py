@@ -76,26 +76,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 def open_image(path) -> Image.Image:
     """Opens an image file as 8-bit RGB: EXIF rotation applied, transparency composited on white,
     first frame of an animation. Raises UserError if it is missing, damaged, or not an image."""
-    check_regular(path)
     try:
+        check_regular(path)
         with Image.open(path, formats=FORMATS) as image:
             return to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"{path} {describe_unreadable(path)}") from None
+        raise UserError(f"{path} is not an image in a usual format ({', '.join(FORMATS)}); save it "
+                        "as JPEG or PNG") from None
     except Exception as error:  # Pillow's decoders raise almost anything
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read image {path}: {reason}") from None
-
-
-def describe_unreadable(path) -> str:
-    """Why Pillow cannot read a file; usually the download failed."""
-    with open(path, "rb") as file:
-        head = file.read(100).lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "is a web page, not an image; download the image itself"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git-LFS pointer; fetch the image itself with `git lfs pull`"
-    return f"is not an image in a usual format ({', '.join(FORMATS)}); save it as JPEG or PNG"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

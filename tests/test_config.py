@@ -13,8 +13,10 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
+import data
+import vision
 from conftest import our_modules
-from tools import config
+from tools import checkpoint, config, convert
 
 
 @dataclass
@@ -181,6 +183,23 @@ def test_any_console(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     config.run(lambda cfg: print("안녕", sys.stdin.read().startswith("a")), Demo)
     assert out.getvalue() == b"?? True\n"
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git-LFS pointer"),
+    (b"\n<!DOCTYPE html><html><body>404</body></html>", "is a web page")])
+def test_what_a_failed_download_leaves_has_one_message(content, words, tmp_path):
+    """Three readers had three messages for it, and those of tokenizers and checkpoints had none."""
+    path, messages = tmp_path / "file", set()
+    path.write_bytes(content)
+    for read in (data.read_text, data.Tokenizer, vision.open_image, convert.open_tensors,
+                 convert.read_json, checkpoint.read):
+        with pytest.raises(config.UserError, match=words) as error:
+            read(path)
+        messages.add(str(error.value))
+    assert len(messages) == 1
 
 
 # -- who imports whom -----------------------------------------------------------------------------

@@ -220,7 +220,9 @@ BAD = {  # what is wrong: (what is done to the folder, words of the message)
         added_tokens=[dict(id=1, content="<s>"), dict(id=500, content="<sep>")])), "<sep>"),
     "end": (lambda d: write(d, generation_config__json=dict(eos_token_id=[2, 13])), "token 13"),
     "chat template": (lambda d: write(d, tokenizer_config__json=dict(chat_template=TEMPLATE)),
-                      "a chat template"),
+                      "its chat template"),
+    "a template that raises": (lambda d: (d / "chat_template.jinja").write_text(
+        "{{ messages[0].nothing.at.all }}"), "its chat template"),
     # sizes that would build a network forever, or fill the memory with a table
     "layers": (lambda d: edit_config(d, num_hidden_layers=10 ** 6), "1000000 layers"),
     "width": (lambda d: edit_config(d, hidden_size=2 ** 19), "524288"),
@@ -278,6 +280,34 @@ def test_folders_that_people_have(what, tmp_path):
     del before
     GOOD[what](tmp_path)
     assert torch.equal(checkpoint.load(tmp_path)[0](ids), want)
+
+
+VICUNA = """{{ bos_token }}
+{%- set given = messages[0].role == 'system' %}
+{%- set rounds = messages[1:] if given else messages %}
+{{- messages[0].content if given else SYSTEM }} {% for m in rounds %}
+    {%- if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:
+    {%- else %} {{ m.content }}{{ eos_token }}{% endif %}
+{%- endfor %}""".replace("SYSTEM", json.dumps(data.TEMPLATES["vicuna_v1.1"].system))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_like_one_of_ours(file, tmp_path):
+    """It was refused, whatever it said. Another space would be another token."""
+    hugging_face("llama1", tmp_path, pickled=True)
+
+    def write_template(text: str) -> None:
+        text = json.dumps(dict(chat_template=text)) if file.endswith(".json") else text
+        (tmp_path / file).write_text(text, encoding="utf-8")
+
+    write_template(VICUNA)
+    assert checkpoint.peek(tmp_path)[2]["template"] == "vicuna_v1.1"
+    write_template(quantize.jinja("koala"))
+    assert checkpoint.peek(tmp_path)[2]["template"] == "koala"
+    for old, new in ((" ASSISTANT", "\nASSISTANT"), ("A chat", "The chat")):
+        write_template(VICUNA.replace(old, new))
+        with pytest.raises(UserError, match="not like any of ours"):
+            checkpoint.peek(tmp_path)
 
 
 @pytest.mark.parametrize("told, factor, context", [

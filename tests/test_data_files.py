@@ -223,7 +223,7 @@ FILES = [
     (b"PAR1\x15\x04\x15", "people.txt is a Parquet file"),
     (gzip.compress(b"PK\x03\x04\x14\x00"), "a zip file"),
     (b"\xfd7zXZ\x00\x00\x04", "an xz file"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
     *[(LINE.encode(encoding), "NUL bytes") for encoding in ("utf-16", "utf-16-le")],
     ("A book.\0\n", "NUL bytes"),
     # not UTF-8, damaged, empty

@@ -67,7 +67,8 @@ def test_the_nearest_neighbor_goes_by_rare_words():
 
 
 def test_the_majority_answers_each_kind_with_its_most_frequent_answer():
-    records = [dict(kind="color", output=output) for output in ("Red.", "Blue.", "Blue.")]
+    records = [dict(id=f"color_{i}", output=f"{answer}.")
+               for i, answer in enumerate(["Red", "Blue", "Blue"])]
     asked = [item(question(kind)) for kind in ("color", "where")]
     assert exam.majority(records)(asked)[0] == ["Blue.", "Yes."]
 

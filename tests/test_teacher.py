@@ -1,6 +1,7 @@
 """Tests of tools/teacher.py: a fake server that fails in every way, checkpoints, the oracle."""
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -191,6 +192,28 @@ def test_an_answer_that_does_not_end(fake, head):
     first, second = ask(asking("a", "b"))
     assert first is None and second.text == "echo: b"
     assert ask.why.endswith("no answer in time")
+
+
+@pytest.mark.parametrize("chunk, encoding", [
+    (b" " * 65536, b""), (gzip.compress(bytes(1 << 24)), b"\r\nContent-Encoding: gzip")])
+def test_an_answer_that_fills_the_memory(fake, chunk, encoding):
+    """It was read until the deadline, a gigabyte in every second."""
+    fake.script = [("endless", b"application/json" + encoding + b"\r\n\r\n", chunk, 0)]
+    ask = client(fake, timeout=10, retries=0, workers=1)
+    first, second = ask(asking("a", "b"))
+    assert first is None and second.text == "echo: b"
+    assert ask.why.endswith("the answer is larger than 4 MB")
+
+
+@pytest.mark.parametrize("address", [
+    "http://[::1", "http://h:99999/v1", "http://h:a/v1", "http:///v1", "http://me:word@[::1",
+    "http://a\x01b/v1"])
+def test_a_wrong_address_is_one_line(address):
+    """A bracket that was never closed was a traceback. A password is not repeated."""
+    pytest.importorskip("openai")
+    with pytest.raises(UserError, match="is not the address of a server") as error:
+        teacher.teacher(f"gpt-4@{address}")
+    assert "word" not in str(error.value)
 
 
 @pytest.mark.parametrize("known, limit", [("max_completion_tokens", 16), ("", None)])

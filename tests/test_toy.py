@@ -98,6 +98,15 @@ def test_the_same_seed_makes_the_same_files_and_questions(tmp_path):
     assert world.test_set("pairs", 20) == world.test_set("pairs", 20)
 
 
+def test_all_that_the_files_hold_is_trained_on(tmp_path):
+    """The stage's first line was "not trained on: kind: 6000"."""
+    files = world.write_files(tmp_path, dict(documents=1, instructions=60, conversations=20), 0)
+    report = data.Report()
+    assert len(data.load_conversations(files["alpaca"], report)) == 60
+    assert len(data.load_conversations(files["vicuna"], report)) == 20
+    assert not report
+
+
 def test_a_minimal_pair_differs_in_one_word_and_in_its_answer():
     items = world.test_set("minimal", 40)
     for a, b in zip(items[::2], items[1::2]):

@@ -59,10 +59,18 @@ def refuse_unused(cfg, names: Iterable[str], why: str) -> None:
 
 
 def check_regular(path) -> None:
-    """Raises UserError for a pipe or a device, which may never end, and for a folder. A missing
-    file is left to open()."""
-    if Path(path).exists() and not Path(path).is_file():
+    """Raises UserError for a pipe or a device, which may never end, for a folder, and for what a
+    failed download leaves in place of a file. A missing file is left to open()."""
+    if not Path(path).exists():
+        return
+    if not Path(path).is_file():
         raise UserError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        head = file.read(100).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git-LFS pointer, not the file; run `git lfs pull`")
+    if head.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path} is a web page, not the file; download it again")
 
 
 # -- from the command line to a dataclass -------------------------------------------------------

@@ -25,7 +25,7 @@ import model
 import vision
 from tools import checkpoint
 from tools.config import UserError, check_regular, run
-from tools.quantize import QuantLinear, block_type, check_range, choose_kernel, quantize_rows
+from tools.quantize import QuantLinear, block_type, check_range, choose_kernel, jinja, quantize_rows
 
 # -- files: tensors by name -----------------------------------------------------------------------
 
@@ -33,12 +33,6 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or PyTorch file, memory-mapped. Raises UserError for a file
     that is damaged or is something else."""
     check_regular(path)
-    with open(path, "rb") as file:
-        head = file.read(100).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git-LFS pointer; run `git lfs pull` in its folder")
-    if head.startswith(b"<"):
-        raise UserError(f"{path} is a web page, not weights; download it again")
     try:
         if path.suffix == ".safetensors":
             import safetensors.torch
@@ -173,6 +167,7 @@ def open_folder(folder) -> Source:
     unsupported = why_other_chat(folder, tokenizer)
     if unsupported:
         raise UserError(f"{folder}: {unsupported} is not supported")
+    source.meta["template"] = same_template(folder) or source.meta["template"]
     pieces, rows = tokenizer.vocab_size, source.config.vocab_size
     # Vicuna v0 has one row more than its tokenizer has pieces, other models have a few more.
     if rows < pieces or (source.layout != "ours" and rows >= pieces + 1024):
@@ -210,9 +205,40 @@ def why_other_chat(folder: Path, tokenizer: data.Tokenizer) -> str | None:
             # The first conversions of LLaMA say 1, or 0, and mean 2.
             if end not in (None, -1, tokenizer.unk, tokenizer.bos, tokenizer.eos):
                 return f"token {end} as the end of a reply"
-    if settings.get("chat_template") or (folder / "chat_template.jinja").exists():
-        return "a chat template of its own (remove it, to use one of ours)"
     return None
+
+
+def same_template(folder: Path) -> str | None:
+    """The name of our template that writes conversations like the folder's own chat template, or
+    None if it brings none. Raises UserError for one that is not like any of ours."""
+    own = read_optional(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not own:
+        return None
+    try:
+        theirs = spell_chats(own)
+    except Exception:  # any code may be in it; jinja2's sandbox runs it
+        theirs = None
+    for name in data.TEMPLATES:
+        if spell_chats(jinja(name)) == theirs:
+            return name
+    raise UserError(f"{folder}: its chat template is not like any of ours; remove it, to use one "
+                    "of ours")
+
+
+def spell_chats(template: str) -> list[str]:
+    """What a Jinja template makes of a short chat, with and without a system prompt."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch requires jinja2
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    chat = [dict(role="system", content="Be brief."), dict(role="user", content="Hi!"),
+            dict(role="assistant", content="Hello."), dict(role="user", content="Who are you?")]
+    special = dict(bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+    texts = []
+    for messages in (chat, chat[1:]):
+        text = environment.from_string(template).render(messages=messages, **special)
+        texts.append(text.removeprefix("<s>"))
+    return texts
 
 
 def open_ours(folder: Path) -> Source:
@@ -364,6 +390,9 @@ def load(folder, dtype: torch.dtype | None = torch.float32, device: str = "cpu",
     fast = False
     if quantize:
         fast, kernel = choose_kernel(device)
+        if device == "cpu" and not (fast and "AVX512" in torch.backends.cpu.get_cpu_capability()):
+            kernel += ("; llama.cpp is faster on this CPU: python -m tools.quantize "
+                       f"--ckpt={folder} --type={quantize}")
         print(f"{quantize}: {kernel}")
     with torch.device("meta"):  # allocates nothing
         net = model.LLaMA(config)

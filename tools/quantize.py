@@ -3,7 +3,7 @@
     python -m tools.quantize --ckpt=out/vicuna --type=q4     # writes vicuna-q4.gguf
 
 `--quantize=q8|q4` of the other scripts keeps the matrices of a model in these blocks, or
-in the form that torch's int4 kernel for CPUs takes (QuantLinear). Format: ggml's docs/gguf.md and
+in the form that torch's kernels for CPUs take (QuantLinear). Format: ggml's docs/gguf.md and
 ggml-quants.c.
 
 Letters in the shape comments: N rows (outputs) and K columns (inputs) of a matrix.
@@ -116,8 +116,9 @@ def dequantize(blocks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torc
 class QuantLinear(nn.Module):
     """y = x W^T with W (N, K) in blocks.
 
-    The readable body unpacks W in every call. The fast one calls torch's int4 kernel for CPUs,
-    which computes x ((code - 8) * scale + zero)^T with a scale and a zero for 32 weights.
+    The readable body unpacks W in every call. The fast one calls torch's kernels for CPUs. The one
+    for four bits computes x ((code - 8) * scale + zero)^T with a scale and a zero for 32 weights,
+    as Q4_0 has. The one for eight bits has one scale per row, so Q8_0 is rounded once more.
     """
 
     def __init__(self, blocks: torch.Tensor, kind: str, fast: bool = False):
@@ -127,57 +128,61 @@ class QuantLinear(nn.Module):
         if not fast:
             self.register_buffer("blocks", blocks, persistent=False)
             return
-        chunks = [int4_operands(chunk) for chunk in blocks.split(CHUNK)]
-        for i, operands in enumerate(zip(*chunks)):  # one product for Q4_0, two for Q8_0
-            codes, scales = zip(*operands)
-            self.register_buffer(f"codes{i}", torch.cat(codes), persistent=False)
-            self.register_buffer(f"scales{i}", torch.cat(scales, dim=1), persistent=False)
+        operands = int8_operands if kind == "Q8_0" else int4_operands
+        codes, scales = zip(*[operands(chunk) for chunk in blocks.split(CHUNK)])
+        scales = torch.cat(scales, dim=0 if kind == "Q8_0" else 1)
+        self.register_buffer("codes", torch.cat(codes), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.fast:
             return F.linear(x, dequantize(self.blocks, x.dtype))
         flat = x.reshape(-1, self.columns).bfloat16()
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(flat, self.codes0, 32, self.scales0)
         if self.kind == "Q8_0":
-            y += multiply(flat, self.codes1, 32, self.scales1)
+            y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, self.scales)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, 32, self.scales)
         return y[:, :self.rows].reshape(*x.shape[:-1], self.rows).to(x.dtype)
 
 
-def int4_operands(blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The int4 kernel's operands for blocks (N, K/32, bytes): codes in the kernel's own order, and
-    (scale, zero) in bfloat16 (K/32, N, 2). Q8_0 takes two products: code = 16 * high + low."""
+def int4_operands(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The int4 kernel's operands for Q4_0 blocks (N, K/32, bytes): codes in the kernel's own order,
+    and (scale, zero) in bfloat16 (K/32, N, 2)."""
     blocks = F.pad(blocks, (0, 0, 0, 0, 0, -len(blocks) % 16))  # the kernel needs N % 16 == 0
     codes, d = decode(blocks)
-    if blocks.shape[-1] == BLOCKS["Q8_0"].bytes:
-        low = codes & 15
-        high = (codes - low) >> 4
-        products = [(high + 8, 16 * d, 0 * d), (low, d, 8 * d)]
-    else:
-        products = [(codes + 8, d, 0 * d)]
-    operands = []
-    for code, scale, zero in products:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(code.flatten(1).int(), 2)
-        scale_zero = torch.cat((scale, zero), -1).transpose(0, 1).bfloat16().contiguous()
-        operands.append((packed, scale_zero))
-    return operands
+    codes = (codes + 8).flatten(1).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    scale_zero = torch.cat((d, 0 * d), -1).transpose(0, 1).bfloat16().contiguous()
+    return packed, scale_zero
+
+
+def int8_operands(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The int8 kernel's operands for Q8_0 blocks (N, K/32, bytes): codes (N, K), and scales in
+    bfloat16 (N,). The largest weight of a row becomes code 127 or -127."""
+    weight = dequantize(blocks)
+    scales = (weight.abs().amax(1) / 127).bfloat16()
+    inverse = torch.where(scales == 0, 0, 1 / scales.float())
+    codes = (weight * inverse[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
 
 
 def choose_kernel(device: str = "cpu") -> tuple[bool, str]:
-    """Tries torch's int4 kernel on this machine. Returns whether to use it, and the reason."""
+    """Tries torch's kernels on this machine. Returns whether to use them, and the reason."""
     if not str(device).startswith("cpu"):
-        return False, "blocks are unpacked in every call: torch's int4 kernel is for CPUs"
+        return False, "blocks are unpacked in every call: torch's kernels are for CPUs"
     generator = torch.Generator().manual_seed(0)
-    blocks = quantize_rows(torch.randn(64, 64, generator=generator), "Q4_0")
+    weight = torch.randn(64, 64, generator=generator)
     x = torch.randn(1, 64, generator=generator)
-    try:
-        fast = QuantLinear(blocks, "Q4_0", fast=True)(x)
-    except (AttributeError, RuntimeError) as error:  # an old torch, or built without the kernel
-        return False, f"blocks are unpacked in every call: torch's int4 kernel fails ({error})"
-    readable = QuantLinear(blocks, "Q4_0", fast=False)(x)
-    if (fast - readable).norm() < 0.02 * readable.norm():
-        return True, "multiplied by torch's int4 kernel"
-    return False, "blocks are unpacked in every call: torch's int4 kernel is wrong on this machine"
+    for kind in ("Q4_0", "Q8_0"):
+        blocks = quantize_rows(weight, kind)
+        try:
+            fast = QuantLinear(blocks, kind, fast=True)(x)
+        except (AttributeError, RuntimeError) as error:  # an old torch, or built without them
+            return False, f"blocks are unpacked in every call: torch's kernels fail ({error})"
+        readable = QuantLinear(blocks, kind, fast=False)(x)
+        if not (fast - readable).norm() < 0.02 * readable.norm():
+            return False, "blocks are unpacked in every call: torch's kernels are wrong here"
+    return True, "multiplied by torch's kernels"
 
 
 # -- GGUF -----------------------------------------------------------------------------------------

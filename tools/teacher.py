@@ -142,6 +142,21 @@ def print_tokens(label: str, replies: list[Reply]) -> None:
 REFUSED = re.compile("n.t support|unsupported|unknown|unrecogni|unexpected|permitted|allowed", re.I)
 
 
+LARGEST_ANSWER = 1 << 22  # bytes
+
+
+def read_answer(response) -> None:
+    """Reads an answer of a server. Raises OpenAIError if it is too large to be one: the library
+    would fill the memory with it."""
+    import openai
+    content = bytearray()
+    for part in response.iter_bytes():  # unpacked, if it is compressed
+        content += part
+        if len(content) > LARGEST_ANSWER:
+            raise openai.OpenAIError(f"the answer is larger than {LARGEST_ANSWER >> 20} MB")
+    response._content = bytes(content)  # where response.read() puts it
+
+
 class Server:
     """A server with OpenAI's /chat/completions, called from several threads.
 
@@ -157,16 +172,23 @@ class Server:
         except ImportError:
             raise UserError("a server needs the openai library: pip install openai") from None
         model, url = SERVER.fullmatch(spec).groups("default")
-        host = urlsplit(url).hostname
-        self.name = f"{model}@{urlsplit(url).netloc.rpartition('@')[2]}"  # host:port
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.deadline = timeout * (retries + 2)  # of a request, in seconds
+        try:
+            address = urlsplit(url)
+            host, _ = address.hostname, address.port  # both are checked when they are read
+            if not host:
+                raise ValueError("no host")
+            self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
+                                        max_retries=retries)
+        except Exception as error:  # a ValueError, or one of the library that openai uses
+            where = url.rpartition("@")[2]  # without a password
+            raise UserError(f"{where} is not the address of a server: {error}") from None
+        self.name = f"{model}@{address.netloc.rpartition('@')[2]}"  # host:port
         if not self.key and host not in ("localhost", "127.0.0.1", "::1"):
             raise UserError(f"{self.name} needs a key in the environment variable OPENAI_API_KEY")
         if not re.fullmatch("[!-~]*", self.key):  # the library would quote it
             raise UserError("OPENAI_API_KEY holds a space or a character that no key has")
-        self.deadline = timeout * (retries + 2)  # of a request, in seconds
-        self.client = openai.OpenAI(api_key=self.key or "none", base_url=url, timeout=timeout,
-                                    max_retries=retries)
         self.settings = dict(model=model, temperature=temperature, max_tokens=max_new_tokens)
         self.workers, self.why = workers, ""
 
@@ -206,7 +228,8 @@ class Server:
         messages = [dict(role="system", content=system)] if system else []
         for turn in conversation.turns:
             messages.append(dict(role=turn.role, content=turn.whole()))
-        client = self.client.copy(http_client=openai.DefaultHttpxClient())
+        hooks = dict(response=[read_answer])
+        client = self.client.copy(http_client=openai.DefaultHttpxClient(event_hooks=hooks))
         # The library's timeout starts anew with every byte; this one ends the connection.
         watch = threading.Timer(self.deadline, client.close)
         watch.start()

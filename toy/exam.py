@@ -112,7 +112,8 @@ def majority(records: list[dict]) -> Player:
     """Control: the most frequent answer to this kind of question."""
     answers: dict[str, Counter] = {}
     for r in records:
-        answers.setdefault(r["kind"], Counter())[r["output"]] += 1
+        kind = r["id"].rpartition("_")[0]
+        answers.setdefault(kind, Counter())[r["output"]] += 1
     best = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
     def play(items: list) -> tuple[list[str], list[bool]]:

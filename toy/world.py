@@ -695,15 +695,17 @@ def suppose(q: Question) -> str:
 
 # -- instructions and conversations ---------------------------------------------------------------
 
-def instruction(rng: random.Random) -> dict:
-    """An Alpaca record, with its kind: a question, the scene as its input, a terse answer."""
+def instruction(rng: random.Random, number: int = 0) -> dict:
+    """An Alpaca record: a question, the scene as its input, a terse answer. Its id is the kind of
+    question and a number."""
     if rng.random() < 0.3:
         q = ask_other(rng.choice(OTHER_KINDS), rng)
-        return dict(instruction=q.text, input="", output=q.short, kind=q.kind)
+        return dict(id=f"{q.kind}_{number}", instruction=q.text, input="", output=q.short)
     scene = pick_scene(rng)
     while not (q := ask_scene(rng.choice(SCENE_KINDS), scene, rng)):
         pass
-    return dict(instruction=q.text, input=tell(scene, rng), output=q.short, kind=q.kind)
+    told = tell(scene, rng)
+    return dict(id=f"{q.kind}_{number}", instruction=q.text, input=told, output=q.short)
 
 
 INTRODUCTIONS = ("Hello, my name is {}.", "I am {}.", "Hi! My name is {}.", "You can call me {}.",
@@ -997,7 +999,7 @@ def write_files(folder: Path, sizes: dict, seed: int) -> dict[str, Path]:
     their paths as base, alpaca, vicuna."""
     rng = random.Random(seed)
     documents = [json.dumps(dict(text=document(rng))) for _ in range(sizes["documents"])]
-    instructions = [instruction(rng) for _ in range(sizes["instructions"])]
+    instructions = [instruction(rng, i) for i in range(sizes["instructions"])]
     numbers = range(sizes["conversations"])
     conversations = [dict(id=f"toy_{i}", **conversation(rng)) for i in numbers]
     files = dict(base=folder / "pretrain.jsonl", alpaca=folder / "alpaca.json",
