@@ -244,7 +244,7 @@ def test_a_run_with_a_checkpoint_and_a_file_counts_right(tmp_path, terse):
     assert figures["verdict"].startswith("Terse beats Micro on ")
     assert figures["baseline"] == "oracle"
     means = {player["name"].lower(): player["mean"] for player in figures["players"]}
-    assert list(means) == ["oracle", "noisy", "terse", "micro"]  # the best one first
+    assert list(means) == ["oracle", "terse", "noisy", "micro"]  # the best one first
     for name, mean in means.items():
         assert mean == pytest.approx(sum(1 + 9 * g for g in grades[name]) / 80)
     record = lines(tmp_path / "review" / "review_oracle_terse.jsonl")[4]
