@@ -352,6 +352,15 @@ REPORT = [
     ("the better answer counts as the longer one's win", "biases",
      'if r["swapped"] and r["truth"] == 0]', 'if r["swapped"]]',
      "test_weeks.py::test_biases_by_hand"),
+    ("a coin's result is called a win", "verdict",
+     'preferred["low"] <= 0.5 <= preferred["high"]', "wins == losses",
+     "test_judge.py::test_a_verdict_is_claimed_only_if_the_interval_excludes_a_coin"),
+    ("five wins are enough", "",
+     "ENOUGH_DECIDED = 6", "ENOUGH_DECIDED = 5",
+     "test_judge.py::test_a_verdict_is_claimed_only_if_the_interval_excludes_a_coin"),
+    ("the loser's interval for the winner's", "interval",
+     "low, high = 1 - high, 1 - low", "pass",
+     "test_judge.py::test_the_evidence_for_a_verdict_is_seen_from_the_winner"),
 ]
 
 SAMPLE = [
@@ -545,23 +554,10 @@ QUANTIZE = [
      "test_gguf_reads_back"),
 ]
 
-REPORT = [
-    ("a coin's result is called a win", "verdict",
-     'preferred["low"] <= 0.5 <= preferred["high"]', "wins == losses",
-     "test_judge.py::test_a_verdict_is_claimed_only_if_the_interval_excludes_a_coin"),
-    ("five wins are enough", "",
-     "ENOUGH_DECIDED = 6", "ENOUGH_DECIDED = 5",
-     "test_judge.py::test_a_verdict_is_claimed_only_if_the_interval_excludes_a_coin"),
-    ("the loser's interval for the winner's", "interval",
-     "low, high = 1 - high, 1 - low", "pass",
-     "test_judge.py::test_the_evidence_for_a_verdict_is_seen_from_the_winner"),
-]
-
 FILES = {
     "model.py": MODEL, "data.py": DATA, "train_sft.py": TRAIN_SFT, "vision.py": VISION,
     "sample.py": SAMPLE, "judge.py": JUDGE, "toy/exam.py": EXAM, "tools/report.py": REPORT,
     "tools/checkpoint.py": CHECKPOINT, "tools/convert.py": CONVERT, "tools/quantize.py": QUANTIZE,
-    "tools/report.py": REPORT,
     "tools/terminal.py": TERMINAL, "tools/web.py": WEB, "tools/inside.py": INSIDE,
     "recipes/sharegpt.py": SHAREGPT, "recipes/openassistant.py": OPENASSISTANT,
     "recipes/self_instruct.py": SELF_INSTRUCT}
