@@ -489,7 +489,6 @@ def spy_on_bench(record: Record) -> None:
     spy(bench, "choose_machine")
     spy(bench, "make_network", instead=lambda *_: (None, None))
     spy(bench, "train_step", about_batch, lambda *_: 1.0)
-    spy(bench, "ours_and_transformers", instead=lambda folder: {"": lambda: 1.0})
     patch(machine, "measure_peak", lambda *_: 1e9)
     patch(bench, "measure_alone", bench.measure)
     patch(bench, "mean_loss", lambda *_: 1.0)
@@ -510,9 +509,22 @@ SCRIPTS["quality"] = Script(bench.QualityConfig, bench.quality, {
     "toy": dict(ckpt="FILES/wide", questions=3),
     "data": dict(ckpt="FILES/wide", data="FILES/text.txt"),
 }, dict(ckpt="FILES/other_wide", data="FILES/other_text.txt", questions=2))
+
+
+def spy_on_speed(record: Record) -> None:
+    small = dict(dim=64, n_heads=2, n_kv_heads=1, hidden_dim=64, norm_eps=1e-5)
+    record.patch.setattr(bench, "SHAPE", small)
+    record.patch.setattr(bench, "transformers_stream", lambda *_: iter([None]))
+    record.spy(bench, "save_random_weights", lambda scratch, n_layers: n_layers)
+    record.spy(bench.convert, "load", lambda folder, *rest, **options: (
+        "random" if "tmp" in folder.name else folder.name, rest, options))
+    record.spy(bench, "race", list, lambda racers: dict.fromkeys(racers, 1.0))
+
+
 SCRIPTS["speed"] = Script(bench.SpeedConfig, bench.speed, {
-    "speed": dict(ckpt="FILES/wide"),
-}, dict(ckpt="FILES/other_wide"), spy_on_bench, prints=False)
+    "checkpoint": dict(ckpt="FILES/wide"),
+    "random": dict(n_layers=1),
+}, dict(ckpt="FILES/other_wide", n_layers=2), spy_on_speed, prints=False)
 
 
 # -- teachers and the judge: replies come from a stand-in -----------------------------------------
@@ -529,9 +541,9 @@ def spy_on_teachers(record: Record, reply: str = "9 8") -> None:
         def __call__(self, conversations, keep=None):
             record.note("asked", digest(conversations))
             replies = [teacher.Reply(reply, True) for _ in conversations]
-            for i, reply in enumerate(replies):
+            for i, given in enumerate(replies):
                 if keep:
-                    keep(i, reply)
+                    keep(i, given)
             return replies
 
     record.patch.setattr(teacher, "Server", StandIn)

@@ -294,7 +294,7 @@ def seed_tasks(seed: int) -> list[dict]:
         task = new_task(rng)
         instances = [dict(input=task["input"], output=task["output"])]
         tasks[task["instruction"]] = dict(
-            id=f"seed_task_{len(tasks)}", name=task["kind"], instruction=task["instruction"],
+            id=f"seed_task_{len(tasks)}", name=task["id"].split("_")[0], instruction=task["instruction"],
             instances=instances, is_classification=False)
     return list(tasks.values())
 
@@ -400,7 +400,7 @@ def write_training_files(cfg: InstructConfig) -> dict[str, Path]:
         out=f"{out}/self_instruct.json", seed=cfg.seed))
     seeds, kept = (data.load_conversations(out / name)
                    for name in ("seed_tasks.json", "self_instruct.json"))
-    records = dict(world=[world.instruction(rng) for _ in range(cfg.records)],
+    records = dict(world=[world.instruction(rng, i) for i in range(cfg.records)],
                    seeds=more_scenes(seeds, cfg.records, rng),
                    simple=more_scenes(kept, cfg.records, rng))
     files = {name: out / "data" / f"{name}.json" for name in (*records, "evolved")}
