@@ -2,8 +2,8 @@
 
 This table is the only part of the exercises that is written by hand; tests/test_course.py holds it
 against the code. A check is a test function; a file is named where it is not the module's own test
-file. An exercise is solved when all of its checks pass. Choices of this house, such as our
-initialization, are not checked.
+file. An exercise is solved when all of its checks pass, but for those that another exercise, red in
+more of them, explains. Choices of this house, such as our initialization, are not checked.
 """
 
 import functools
@@ -85,13 +85,15 @@ WEEKS = {
         Exercise(
             "model.RMSNorm.forward",
             "test_rmsnorm_by_hand test_rmsnorm_eps_is_inside_the_root "
-            "test_rmsnorm_computes_in_fp32", (
+            "test_rmsnorm_computes_in_fp32 test_equals_golden_values", (
                 "Equation 4 of the paper, without a mean: x / rms(x) * weight.",
                 "rms(x) = sqrt(mean(x^2) + eps) over the last dimension. Compute it in fp32.",
                 "y = x.float(); torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps); back to "
                 "x's type before the weight.")),
         Exercise(
-            "model.rope_table", "test_rope_rotates_neighbors test_weeks.py::test_rope_by_hand", (
+            "model.rope_table",
+            "test_rope_rotates_neighbors test_equals_golden_values "
+            "test_weeks.py::test_rope_by_hand", (
                 "One angle for each position and each pair: (seq_len, D/2).",
                 "The frequencies are theta^(-2i/D): the first pair turns by one radian a token, "
                 "later pairs more and more slowly.",

@@ -255,20 +255,32 @@ def pytest_runtest_logreport(report):
 def score(weeks: list[int]) -> dict:
     """How many exercises are solved and how many checks passed, and of each exercise its state:
     solved, wrong, or blank."""
+    names = [exercise.name for week in weeks for exercise in WEEKS[week].exercises]
+    failed: dict[str, set] = {name: set() for name in names}
+    passed: dict[str, set] = {name: set() for name in names}
+    for node, outcome in outcomes.items():
+        for week, exercise in exercises_by_test().get(find_test(node), ()):
+            if week in weeks and exercise.name in filled and outcome != "skipped":
+                (passed if outcome == "passed" else failed)[exercise.name].add(node)
     exercises = {}
-    for exercise in (e for week in weeks for e in WEEKS[week].exercises):
-        tests = exercise.tests()
-        own = {node: outcome for node, outcome in outcomes.items() if find_test(node) in tests}
-        failed = [node for node, outcome in own.items() if outcome == "failed"]
-        passed = sum(outcome == "passed" for outcome in own.values())
-        state = "solved" if passed and not failed else "wrong"
-        if exercise.name not in filled:
+    for name in names:
+        state = "solved" if passed[name] and not to_blame(name, failed) else "wrong"
+        if name not in filled:
             state = "blank"
-        exercises[exercise.name] = dict(state=state, failed=failed)
+        exercises[name] = dict(state=state, failed=sorted(failed[name]))
     return dict(
         weeks=weeks, exercises=exercises, n_exercises=len(exercises),
         solved=sum(e["state"] == "solved" for e in exercises.values()),
         n_checks=len(outcomes), passed=sum(o == "passed" for o in outcomes.values()))
+
+
+def to_blame(name: str, failed: dict[str, set]) -> bool:
+    """Has this exercise a red check that no other one explains? A check that several share is
+    explained by one of them that is red elsewhere, too."""
+    for node in failed[name]:
+        if not any(node in theirs and theirs - failed[name] for theirs in failed.values()):
+            return True
+    return False
 
 
 def write_report(config, figures: dict) -> None:
