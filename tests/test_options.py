@@ -515,7 +515,7 @@ SCRIPTS["speed"] = Script(bench.SpeedConfig, bench.speed, {
 
 # -- teachers and the judge: replies come from a stand-in -----------------------------------------
 
-def spy_on_teachers(record: Record, reply: str = "9 8") -> None:
+def spy_on_teachers(record: Record, said: str = "9 8") -> None:
     class StandIn:
         """Instead of a server or a checkpoint."""
         why = ""
@@ -526,7 +526,7 @@ def spy_on_teachers(record: Record, reply: str = "9 8") -> None:
 
         def __call__(self, conversations, keep=None):
             record.note("asked", digest(conversations))
-            replies = [teacher.Reply(reply, True) for _ in conversations]
+            replies = [teacher.Reply(said, True) for _ in conversations]
             for i, reply in enumerate(replies):
                 if keep:
                     keep(i, reply)
