@@ -293,8 +293,9 @@ def seed_tasks(seed: int) -> list[dict]:
     while len(tasks) < 175:
         task = new_task(rng)
         instances = [dict(input=task["input"], output=task["output"])]
+        kind = task["id"].split("_")[0]
         tasks[task["instruction"]] = dict(
-            id=f"seed_task_{len(tasks)}", name=task["id"].split("_")[0], instruction=task["instruction"],
+            id=f"seed_task_{len(tasks)}", name=kind, instruction=task["instruction"],
             instances=instances, is_classification=False)
     return list(tasks.values())
 
