@@ -481,8 +481,8 @@ def speed(cfg: SpeedConfig) -> dict:
 
 def race(racers: dict[str, Callable]) -> dict:
     """Tokens per second of each. They take short turns, so that the noise of the machine hits all
-    alike, and in changing order: the second of two was up to 9% faster, whichever it was. Prints
-    medians, also of the ratios of two neighboring turns."""
+    alike, and in changing order, since it can matter who comes first. Prints medians, also of the
+    ratios of two neighboring turns."""
     taken = {name: [] for name in racers}
     for i in range(ROUNDS):
         for name in sorted(racers, reverse=i % 2 == 1):
