@@ -30,9 +30,9 @@ from tools.teacher import Reply
 DEPTH = """You make instructions for AI assistants harder. Below is a given prompt. Write a \
 rewritten prompt that today's assistants find somewhat harder, but that people still understand \
 and can answer. {how}
-The rewritten prompt has 10 to 20 words more than the given prompt, and repeats none of its tables \
-or code. Reply with the rewritten prompt alone, without the words "given prompt" and "rewritten \
-prompt".
+The rewritten prompt has 10 to 20 words more than the given prompt. An input that follows the \
+instruction stays as it is: do not repeat it. Reply with the rewritten prompt alone, without the \
+words "given prompt" and "rewritten prompt".
 
 Given prompt:
 {prompt}"""
@@ -43,8 +43,9 @@ HOW = dict(
     reasoning="If a short thought would answer it, make it need several steps of reasoning.",
     complicate="Add a piece of data that the answer depends on, as a table, JSON, XML or code.")
 BREADTH = """Below is a given prompt for an AI assistant. Write a new prompt of the same domain, \
-about something rarer. It is about as long and as difficult, and people can answer it. Reply with \
-the new prompt alone, without the words "given prompt" and "new prompt".
+about something rarer. It is about as long and as difficult, and people can answer it. An input \
+that follows the instruction stays as it is: ask about it, and do not repeat it. Reply with the \
+new prompt alone, without the words "given prompt" and "new prompt".
 
 Given prompt:
 {prompt}"""
