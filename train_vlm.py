@@ -81,13 +81,13 @@ class VLMConfig:
 
 
 # What each stage passes to SFTConfig: warmup and min_lr are fractions of the steps and of the peak.
-# Toy pictures and photos differ in their number of steps.
+# Toy pictures and photos differ in steps, and in the learning rate of stage 2.
 ENCODE = dict(batch_size=64, learning_rate=2e-3, min_lr=0.05, weight_decay=0.05, optimizer="muon")
 ALIGN = dict(batch_size=32, learning_rate=3e-4, weight_decay=0.05)
 DESCRIBE = dict(batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)
 RECIPES = {
-    "toy": {"0": dict(ENCODE, steps=1000), "1": dict(ALIGN, steps=1500),
-            "2": dict(DESCRIBE, steps=400)},
+    "toy": {"0": dict(ENCODE, steps=1000), "1": dict(ALIGN, steps=2000),
+            "2": dict(DESCRIBE, steps=600, learning_rate=5e-4)},
     "photos": {"0": dict(ENCODE, steps=3000), "1": dict(ALIGN, steps=1200),
                "2": dict(DESCRIBE, steps=200),
                "words": dict(steps=150, learning_rate=1e-3, optimizer="muon")},

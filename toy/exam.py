@@ -462,7 +462,7 @@ def save_sheet(e: PictureExam, replies: Sequence[str], path: Path) -> None:
 # -- train_vlm.py on toy pictures -----------------------------------------------------------------
 
 # pictures for stage 1, for curation, and in each row of the exam
-TOY = dict(alt=4000, curate=1000, questions=100)
+TOY = dict(alt=4000, curate=2500, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 
 
