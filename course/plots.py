@@ -24,7 +24,7 @@ import judge
 import model
 import train_sft
 import vision
-from tools import checkpoint, config, inside, quantize
+from tools import checkpoint, config, inside, quantize, show
 from tools.config import UserError, refuse_unused
 from tools.run import read_metrics
 from toy import pictures, world
@@ -185,7 +185,7 @@ def chips(run: Path):
     from matplotlib import colormaps
     net, tokenizer, template = load(run)
     example = data.render(held_out_conversation(3), template, tokenizer)
-    loss = np.nan_to_num(data.token_losses(net, example))
+    loss = np.nan_to_num(show.token_losses(net, example))
     darkness = np.log10(loss.clip(1e-3, 1)) / 3 + 1  # 0 at 0.001 nats, 1 from 1 nat on
     figure, (axis,) = subplots(width=11, height=2.6)
     column, row = 0, 0

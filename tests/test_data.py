@@ -14,6 +14,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ import sentencepiece
 import torch
 
 import data
-from tools import checkpoint
+from tools import checkpoint, show
 from tools.config import UserError
 
 MICRO = Path(__file__).parent / "micro"
@@ -490,14 +492,14 @@ def test_asking_near_the_end_of_the_context(tokenizer):
     assert not any(ended)
 
 
-# -- python data.py show|stats --------------------------------------------------------------------
+# -- tools/show.py: python data.py show|stats -----------------------------------------------------
 
 def test_show(tmp_path, tokenizer, capsys):
     """What is supervised stands in [[ ]], with | between tokens. Look at this before training on
     anything."""
     file = tmp_path / "c.json"
     data.save_conversations([FOUR], file)
-    data.show(data.ShowConfig(str(file), str(tokenizer.path)))
+    show.show(show.ShowConfig(str(file), str(tokenizer.path)))
     out = capsys.readouterr().out
     assert re.findall(r"\[\[ ?(.*?)\]\]", out) == ["A|</s>", "B|</s>"]
     example = data.render(FOUR, "vicuna_v1.1", tokenizer)
@@ -508,15 +510,32 @@ def test_show(tmp_path, tokenizer, capsys):
     assert total == system + user + assistant
 
 
+def test_data_as_a_script(tmp_path, tokenizer):
+    """`python data.py` is the module __main__, and tools/show.py imports the same file again as
+    data, so each class exists twice. A UserError of its own kind would end in a traceback."""
+    def run(*options) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, data.__file__, *options], cwd=tmp_path,
+                              capture_output=True, encoding="utf-8")
+
+    option = f"--tokenizer={tokenizer.path}"
+    data.save_conversations([FOUR], tmp_path / "c.json")
+    shown = run("show", "c.json", option)
+    assert shown.returncode == 0 and "|[[ A|</s>]]|" in shown.stdout
+    (tmp_path / "text.txt").write_text("prose", encoding="utf-8")
+    refused = run("stats", "text.txt", option)
+    assert refused.returncode == 1
+    assert refused.stderr == "data.py stats: text.txt holds text, not conversations\n"
+
+
 def test_show_without_any_tokenizer(tmp_path, capsys, monkeypatch):
     """On the first day there is no model yet. It was an error; a misspelled one still is."""
     monkeypatch.chdir(tmp_path)
     data.save_conversations([FOUR], "c.json")
-    data.show(data.ShowConfig("c.json"))
+    show.show(show.ShowConfig("c.json"))
     out = capsys.readouterr().out
     assert "a new one, trained on this file" in out and "|[[" in out
     with pytest.raises(UserError, match="no tokenizer at out/bsae"):
-        data.show(data.ShowConfig("c.json", "out/bsae"))
+        show.show(show.ShowConfig("c.json", "out/bsae"))
 
 
 def test_chips(tokenizer):
@@ -524,13 +543,13 @@ def test_chips(tokenizer):
     slots as one. On a terminal the shades alternate, and green is supervised."""
     turns = [data.Turn("user", "a\nb", slots=3), data.Turn("assistant", "🙂")]
     example = data.render(data.Conversation(turns, system=""), "alpaca", tokenizer)
-    chips = data.split_into_chips(example, tokenizer)
+    chips = show.split_into_chips(example, tokenizer)
     assert sum(chip.text == "<3 image slots>" for chip in chips) == 1
     assert len(chips) == len(example.tokens) - 2
     assert [chip.text for chip in chips if chip.supervised][-5:] == [
         "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "</s>"]
     assert "↵\n" in [chip.text for chip in chips]
-    colored = data.print_chips(chips, colored=True)
+    colored = show.print_chips(chips, colored=True)
     assert "\033[97;48;5;22m" in colored and "\033[97;48;5;28m" in colored and "[[" not in colored
 
 
@@ -539,7 +558,7 @@ def test_the_page_of_chips(tmp_path):
     evil = "</span><script>alert(1)</script>"
     file, page = tmp_path / "c.json", tmp_path / "c.html"
     data.save_conversations([conversation(evil, evil, id=evil)], file)
-    data.show(data.ShowConfig(str(file), ckpt=str(MICRO), html=str(page)))
+    show.show(show.ShowConfig(str(file), ckpt=str(MICRO), html=str(page)))
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text and not re.search(r"https?://|\bsrc=|@import|<link", text)
     shown = re.sub(r"<[^>]*>", "", text.split("<p>")[1])
@@ -553,10 +572,10 @@ def test_loss_of_each_token(tmp_path, capsys):
     net, path, meta = checkpoint.load(MICRO)
     c = conversation("Who are you?", "I am a cat.", "And?", "That is all.")
     data.save_conversations([c], tmp_path / "c.json")
-    data.show(data.ShowConfig(str(tmp_path / "c.json"), ckpt=str(MICRO)))
+    show.show(show.ShowConfig(str(tmp_path / "c.json"), ckpt=str(MICRO)))
     printed = capsys.readouterr().out
     example = data.render(c, meta["template"], data.Tokenizer(path))
-    losses = data.token_losses(net, example)
+    losses = show.token_losses(net, example)
     with torch.no_grad():
         total, count = net.nll(torch.tensor([example.tokens]), torch.tensor([example.labels]))
     assert np.isfinite(losses).tolist() == [label != -100 for label in example.labels]
@@ -572,7 +591,7 @@ def test_a_whole_file(tmp_path, tokenizer):
     want = [data.render(c, "vicuna_v1.1", tokenizer) for c in chats]
     found = data.render_file(file, "vicuna_v1.1", tokenizer, data.Report())
     assert [(e.tokens.tolist(), e.labels.tolist()) for e in found] == want
-    figures = data.stats(data.StatsConfig(str(file), str(tokenizer.path)))
+    figures = show.stats(show.StatsConfig(str(file), str(tokenizer.path)))
     assert (figures["conversations"], figures["turns"]) == (4, 52)
     assert figures["tokens"] == sum(len(e.tokens) for e in want)
     assert figures["supervised"] == 2 * 26  # each reply is one token and its end

@@ -45,6 +45,7 @@ from tools import (
     evaluate,
     machine,
     quantize,
+    show,
     teacher,
     web,
 )
@@ -413,13 +414,13 @@ SCRIPTS["sample"] = Script(sample.SampleConfig, sample.main, {
 
 # -- scripts that print and write: they run as they are -------------------------------------------
 
-SCRIPTS["show"] = Script(data.ShowConfig, data.show, {
+SCRIPTS["show"] = Script(show.ShowConfig, show.show, {
     "tokens": dict(file=CHATS, tokenizer="FILES/base"),
     "losses": dict(file=CHATS, ckpt="FILES/base"),
     "page": dict(file=CHATS, tokenizer="FILES/base", html="HERE/page.html"),
 }, dict(file="FILES/other_chats.jsonl", tokenizer="FILES/large.model", template="koala",
         ckpt="FILES/other_base", html="HERE/other.html", count=3, seed=7))
-SCRIPTS["stats"] = Script(data.StatsConfig, data.stats, {
+SCRIPTS["stats"] = Script(show.StatsConfig, show.stats, {
     "stats": dict(file=CHATS, tokenizer="FILES/base"),
 }, dict(file="FILES/other_chats.jsonl", tokenizer="FILES/large.model", template="koala"))
 SCRIPTS["world"] = Script(world.WorldConfig, world.main, {
@@ -649,13 +650,16 @@ def is_ignored(option: str, value, end: list | str, expected: list) -> bool:
 
 def command_lines() -> dict[str, type]:
     """The dataclasses that stand in the last lines of our files, where scripts start."""
-    found = {}
-    for name, module in our_modules().items():
+    found, modules = {}, our_modules()
+    for name, module in modules.items():
         code = Path(module.__file__).read_text(encoding="utf-8")
-        for word in re.findall(r"\w+", code.partition('\nif __name__ == "__main__":')[2]):
-            cls = getattr(module, word, None)
-            if dataclasses.is_dataclass(cls):
-                found[f"{name}.{word}"] = cls
+        last_lines = code.partition('\nif __name__ == "__main__":')[2]
+        names = dict(vars(module))
+        for imported in re.findall(r"from (\S+) import", last_lines):
+            names.update(vars(modules[imported]))
+        for word in re.findall(r"\w+", last_lines):
+            if dataclasses.is_dataclass(names.get(word)):
+                found[f"{name}.{word}"] = names[word]
     return found
 
 
