@@ -285,7 +285,7 @@ COMMANDS = {
     "/load": Command("FILE", "load the first chat of a ShareGPT file", load),
     "/help": Command("", "show this list", print_help),
     "/quit": Command("", "leave, as do quit, exit and Ctrl-D", leave),
-    "/exit": Command("", "leave", leave),
+    "/exit": Command("", "leave, too", leave),
 }
 
 
