@@ -84,7 +84,8 @@ def import_lines(module: str, wanted: set[str]) -> dict[str, str]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 name = alias.asname or alias.name.split(".")[0]
-                found[name] = ast.unparse(type(node)(**{**vars(node), "names": [alias]}))
+                only_this = type(node)(**{**vars(node), "names": [alias]})
+                found[name] = ast.unparse(only_this)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = f"from {module} import {node.name}"
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -104,9 +105,13 @@ def imports(sources: list[Source]) -> list[str]:
         for name, line in import_lines(source.module, used - own).items():
             lines.setdefault(name, line)
     ours = {path.stem for path in ROOT.glob("*.py")} | {"tools", "toy"}
-    plain = sorted(set(lines.values()),
-                   key=lambda line: (line.split()[1].split(".")[0] in ours, line))
-    return ["from __future__ import annotations", "", *plain]
+
+    def libraries_first(line: str) -> tuple[bool, str]:
+        package = line.split()[1].split(".")[0]
+        return package in ours, line
+
+    return ["from __future__ import annotations", "",
+            *sorted(set(lines.values()), key=libraries_first)]
 
 
 # -- one file per week ----------------------------------------------------------------------------
@@ -128,13 +133,11 @@ def week_file(week: int, path: str, solved: Container[str] = (), header: str = H
     # The lines of each function or class, by module and name: one class holds all its methods
     blocks: dict[tuple, list[str]] = {}
     for exercise, source in zip(exercises, sources):
-        text = lines_of(source, None if exercise.name in solved else exercise)
         key = (source.module, (source.owner or source.function).name)
-        if source.owner and key not in blocks:
-            blocks[key] = class_head(source)
-        elif source.owner:
-            blocks[key].append("")
-        blocks[key] = blocks.get(key, []) + text
+        block = blocks.setdefault(key, [])
+        if source.owner:
+            block += [""] if block else class_head(source)
+        block += lines_of(source, None if exercise.name in solved else exercise)
     header = header.format(week=week, title=WEEKS[week].title, path=path)
     parts = ["\n".join([header, "", *imports(sources)])]
     parts += ["\n".join(block) for block in blocks.values()]
@@ -168,15 +171,16 @@ class ExercisesConfig:
 
 def main(cfg: ExercisesConfig) -> dict:
     """Writes the files that do not exist yet."""
-    folder, written, kept = Path(cfg.out), [], []
+    folder = Path(cfg.out)
+    written, kept = [], []
     folder.mkdir(parents=True, exist_ok=True)
     for week in [cfg.week] if cfg.week else WEEKS:
         path = folder / f"week{week}.py"
         if path.exists():
             kept.append(path.name)
             continue
-        path.write_text(week_file(week, str(path), names(week) if cfg.solutions else ()),
-                        encoding="utf-8")
+        solved = names(week) if cfg.solutions else ()
+        path.write_text(week_file(week, str(path), solved), encoding="utf-8")
         written.append(path.name)
     if kept:
         print(f"kept in {folder}: {', '.join(kept)} (rename or delete a file to get a new one)")
