@@ -1,9 +1,9 @@
-"""Find the bug: the functions of a week, complete, with one planted bug.
+"""Find the bug: all functions of a week, complete except for one planted bug.
 
     python -m course.bugs --week=3 --seed=5            # writes my_course/bug3_5.py
     python -m course.bugs --week=3 --seed=5 --reveal   # the answer
 
-The bugs are those of tests/test_mutants.py, which also holds that the tests find each of them.
+The bugs are those of tests/test_mutants.py, which checks that a test finds each of them.
 """
 
 import random
@@ -17,23 +17,24 @@ from tools.config import UserError, check_at_least, refuse_unused, run
 
 HEADER = '''"""Week {week}: {title}. One line of this file is wrong. Which?
 
-Read first. Then let the tests say what breaks:
+Read it first. Then let the tests show what breaks:
 
     python -m pytest --impl={path} -m week{week}
 """'''
 
 
 def full_name(bug) -> str:
-    """model.RMSNorm.forward, as an exercise is called."""
+    """The name of the exercise that has the bug, such as model.RMSNorm.forward."""
     return f"{bug.file.removesuffix('.py').replace('/', '.')}.{bug.function}"
 
 
 def test_of(bug) -> str:
+    """The test that finds the bug, as "test_model.py::test_stop"."""
     return bug.test if "::" in bug.test else f"test_{Path(bug.file).stem}.py::{bug.test}"
 
 
 def week_of(bug) -> int | None:
-    """The week whose checks find this bug in one of its exercises."""
+    """The week in which a check of the buggy exercise finds the bug, or None."""
     for week, (_, exercises) in WEEKS.items():
         for exercise in exercises:
             if exercise.name == full_name(bug) and test_of(bug).split("[")[0] in exercise.tests():
@@ -53,7 +54,7 @@ def buggy_week(bug, path: str) -> str | None:
 
 
 def bugs_of(week: int) -> list:
-    """In an order that does not show where they come from."""
+    """The bugs of a week, shuffled, so that the seed does not tell which function has the bug."""
     sys.path.append(str(ROOT / "tests"))
     try:
         from test_mutants import BUGS
@@ -68,8 +69,8 @@ def bugs_of(week: int) -> list:
 @dataclass
 class BugsConfig:
     week: int = 2  # 1 to 10
-    seed: int = 0  # which bug: as many seeds as the week has bugs give different ones
-    reveal: bool = False  # print the answer instead
+    seed: int = 0  # which bug: if the week has n bugs, seeds 0 to n - 1 give each of them
+    reveal: bool = False  # only print the answer
     out: str = "my_course"  # folder to write to
 
     def __post_init__(self):
@@ -81,7 +82,7 @@ class BugsConfig:
 
 
 def main(cfg: BugsConfig) -> dict:
-    """Writes a file with one bug, or says which one it is."""
+    """Writes a file with one bug, or reveals the bug."""
     bugs = bugs_of(cfg.week)
     bug = bugs[cfg.seed % len(bugs)]
     if cfg.reveal:
@@ -91,7 +92,7 @@ def main(cfg: BugsConfig) -> dict:
     path = Path(cfg.out) / f"bug{cfg.week}_{cfg.seed}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(buggy_week(bug, str(path)), encoding="utf-8")
-    print(f"{path} has one bug (week {cfg.week} has {len(bugs)}). Read it, then run\n"
+    print(f"{path} has one bug (of the {len(bugs)} of week {cfg.week}). Read it, then run\n"
           f"  python -m pytest --impl={path} -m week{cfg.week}\n"
           f"The answer: python -m course.bugs --week={cfg.week} --seed={cfg.seed} --reveal")
     return dict(path=str(path), bugs=len(bugs))

@@ -1,11 +1,11 @@
-"""Exercises made from the real code: one file a week, with the functions of that week blanked.
+"""Exercises made from the real code: one file per week, in which that week's functions are blank.
 
     python -m course.exercises --out=my_course        # my_course/week1.py ... week10.py
     python -m pytest --impl=my_course/week2.py -m week2
     python -m course.exercises --solutions            # the originals, in solutions/
 
-The files are cut out of the source when they are written, so they cannot differ from it. What is
-asked in which week, and the hints, stand in course/weeks.py.
+The files are cut out of the source when they are written, so they cannot differ from it. The
+exercises of each week and their hints are in course/weeks.py.
 """
 
 import ast
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # -- the source -----------------------------------------------------------------------------------
 
 class Source(NamedTuple):
-    """Where the original of an exercise stands."""
-    module: str  # tools.inside
+    """Where the original of an exercise is."""
+    module: str  # such as "tools.inside"
     owner: ast.ClassDef | None  # the class of a method
     function: ast.FunctionDef
 
@@ -54,14 +54,14 @@ def find(name: str) -> Source:
 
 
 def docstring_end(node: ast.FunctionDef | ast.ClassDef) -> int:
-    """The last line of the docstring, or of the signature if there is none."""
+    """The line number where the docstring ends; without a docstring, where the signature ends."""
     if ast.get_docstring(node, clean=False) is None:
         return node.body[0].lineno - 1
     return node.body[0].end_lineno
 
 
 def lines_of(source: Source, blank: Exercise | None) -> list[str]:
-    """The text of a function. With `blank`, its body is replaced by that exercise's hints."""
+    """The lines of a function. With `blank`, hints of that exercise replace the body."""
     lines, node = parse(source.module)[0], source.function
     begin = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     if blank is None:
@@ -78,13 +78,14 @@ def lines_of(source: Source, blank: Exercise | None) -> list[str]:
 # -- imports --------------------------------------------------------------------------------------
 
 def import_lines(module: str, wanted: set[str]) -> dict[str, str]:
-    """name -> a line that imports it, for those of the names that this file imports or defines."""
+    """{name: a line that imports it} for the wanted names that the module imports or defines."""
     found = {}
     for node in parse(module)[1].body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 name = alias.asname or alias.name.split(".")[0]
-                found[name] = ast.unparse(type(node)(**{**vars(node), "names": [alias]}))
+                only_this = type(node)(**{**vars(node), "names": [alias]})
+                found[name] = ast.unparse(only_this)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = f"from {module} import {node.name}"
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -94,7 +95,7 @@ def import_lines(module: str, wanted: set[str]) -> dict[str, str]:
 
 
 def imports(sources: list[Source]) -> list[str]:
-    """What the originals need and the week's file does not define."""
+    """Import lines for the names that the originals use and the week's file does not define."""
     own = {(source.owner or source.function).name for source in sources}
     lines: dict[str, str] = {}
     for source in sources:
@@ -104,36 +105,39 @@ def imports(sources: list[Source]) -> list[str]:
         for name, line in import_lines(source.module, used - own).items():
             lines.setdefault(name, line)
     ours = {path.stem for path in ROOT.glob("*.py")} | {"tools", "toy"}
-    plain = sorted(set(lines.values()),
-                   key=lambda line: (line.split()[1].split(".")[0] in ours, line))
-    return ["from __future__ import annotations", "", *plain]
+
+    def libraries_first(line: str) -> tuple[bool, str]:
+        package = line.split()[1].split(".")[0]
+        return package in ours, line
+
+    return ["from __future__ import annotations", "",
+            *sorted(set(lines.values()), key=libraries_first)]
 
 
-# -- one file a week ------------------------------------------------------------------------------
+# -- one file per week ----------------------------------------------------------------------------
 
 HEADER = '''"""Week {week}: {title}.
 
     python -m pytest --impl={path} -m week{week}
 
-tests what is here. Write a function, delete its `raise NotImplementedError`, run that again. What
-still raises NotImplementedError is skipped, and ours is used in its place. Read docs/course.md
-first, and try each hint only after the one before it.
+tests the functions below. Write one in place of its `raise NotImplementedError`, and run the tests
+again. A function that still raises it is not tested, and ours is used in its place. Read
+docs/course.md first, and read a hint only if the one before it was not enough.
 """'''
 
 
 def week_file(week: int, path: str, solved: Container[str] = (), header: str = HEADER) -> str:
-    """The text of a week's file. The exercises in `solved` are as they are, all others blanked."""
+    """The text of a week's file. Exercises in `solved` are complete, all others are blank."""
     exercises = WEEKS[week].exercises
     sources = [find(exercise.name) for exercise in exercises]
-    blocks: dict[tuple, list[str]] = {}  # a class is opened once, for all its methods
+    # The lines of each function or class, by module and name: one class holds all its methods
+    blocks: dict[tuple, list[str]] = {}
     for exercise, source in zip(exercises, sources):
-        text = lines_of(source, None if exercise.name in solved else exercise)
         key = (source.module, (source.owner or source.function).name)
-        if source.owner and key not in blocks:
-            blocks[key] = class_head(source)
-        elif source.owner:
-            blocks[key].append("")
-        blocks[key] = blocks.get(key, []) + text
+        block = blocks.setdefault(key, [])
+        if source.owner:
+            block += [""] if block else class_head(source)
+        block += lines_of(source, None if exercise.name in solved else exercise)
     header = header.format(week=week, title=WEEKS[week].title, path=path)
     parts = ["\n".join([header, "", *imports(sources)])]
     parts += ["\n".join(block) for block in blocks.values()]
@@ -141,7 +145,7 @@ def week_file(week: int, path: str, solved: Container[str] = (), header: str = H
 
 
 def class_head(source: Source) -> list[str]:
-    """The first line of a class and its docstring, and where the rest of it stands."""
+    """The first line of a class, its docstring, and a comment that says where the rest is."""
     lines, owner = parse(source.module)[0], source.owner
     head = lines[owner.lineno - 1:docstring_end(owner)]
     file = path_of(source.module).relative_to(ROOT)
@@ -149,6 +153,7 @@ def class_head(source: Source) -> list[str]:
 
 
 def names(week: int) -> list[str]:
+    """The names of a week's exercises."""
     return [exercise.name for exercise in WEEKS[week].exercises]
 
 
@@ -156,7 +161,7 @@ def names(week: int) -> list[str]:
 class ExercisesConfig:
     out: str = ""  # folder to write to; default: my_course, or solutions with --solutions
     week: int = 0  # 1 to 10; 0: all
-    solutions: bool = False  # the originals instead of blanks
+    solutions: bool = False  # write the originals, without blanks
 
     def __post_init__(self):
         self.out = self.out or ("solutions" if self.solutions else "my_course")
@@ -165,19 +170,20 @@ class ExercisesConfig:
 
 
 def main(cfg: ExercisesConfig) -> dict:
-    """Writes the files that are not there yet."""
-    folder, written, kept = Path(cfg.out), [], []
+    """Writes the files that do not exist yet."""
+    folder = Path(cfg.out)
+    written, kept = [], []
     folder.mkdir(parents=True, exist_ok=True)
     for week in [cfg.week] if cfg.week else WEEKS:
         path = folder / f"week{week}.py"
         if path.exists():
             kept.append(path.name)
             continue
-        path.write_text(week_file(week, str(path), names(week) if cfg.solutions else ()),
-                        encoding="utf-8")
+        solved = names(week) if cfg.solutions else ()
+        path.write_text(week_file(week, str(path), solved), encoding="utf-8")
         written.append(path.name)
     if kept:
-        print(f"kept in {folder}: {', '.join(kept)} (to get one anew, rename or delete it first)")
+        print(f"kept in {folder}: {', '.join(kept)} (rename or delete a file to get a new one)")
     if written:
         print(f"wrote to {folder}: {', '.join(written)}")
     return dict(written=written, kept=kept)

@@ -1,16 +1,17 @@
-"""Pictures for a lecture, drawn with the real code: what is on the slide is what the program does.
+"""Pictures for a lecture, drawn with the real code: what the slide shows is what the program does.
 
-    python -m course.plots all --out=plots                # everything that --run has the files for
-    python -m course.plots retrieval --run=out            # where a head looks, in a trained model
+    python -m course.plots all --out=plots         # every picture that --run has the files for
+    python -m course.plots retrieval --run=out     # what a head of a trained model attends to
 
-Needs matplotlib. One function a picture; --run is a folder of train_sft.py and train_vlm.py, or,
-where a language model is enough, a checkpoint.
+Needs matplotlib. Each function draws one picture. --run is the output folder of train_sft.py and
+train_vlm.py; where one language model is enough, it may be a checkpoint.
 """
 
 import contextlib
 import importlib.util
 import io
 import json
+import math
 import random
 import tempfile
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ GREEN, GRAY = "#4caf50", "#d9d9d9"
 
 
 def subplots(rows: int = 1, columns: int = 1, width: float = 9, height: float = 3.2, **options):
-    """A figure, and its axes in a list."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no state
+    """A figure, and a flat array of its axes."""
+    from matplotlib.figure import Figure  # pyplot would open windows and keep state
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options).flatten()
 
@@ -45,12 +46,13 @@ def load(run: Path, name: str = "vicuna") -> tuple[model.LLaMA, data.Tokenizer, 
     return net.eval(), data.Tokenizer(tokenizer), meta["template"]
 
 
-def labels(tokenizer: data.Tokenizer, tokens) -> list[str]:
+def texts_of(tokenizer: data.Tokenizer, tokens) -> list[str]:
+    """The text of each token, so that every token can be seen."""
     return [data.spell(tokenizer, [token]).replace("\n", "\\n") or "' '" for token in tokens]
 
 
 def held_out_conversation(rounds: int) -> data.Conversation:
-    """About a scene that is not in the training data, with the true answers."""
+    """A conversation about a scene that is not in the training data, with the true answers."""
     item = world.converse(random.Random(5), "scenes", rounds)
     turns = [data.Turn(role, text) for role, text in item.turns]
     return data.Conversation([*turns, data.Turn("assistant", item.question.full)])
@@ -59,7 +61,7 @@ def held_out_conversation(rounds: int) -> data.Conversation:
 # -- the model ------------------------------------------------------------------------------------
 
 def rope():
-    """RoPE: how far each pair has turned at each position, and what that does to scores."""
+    """RoPE: how far each pair is turned at each position, and how scores fall with distance."""
     figure, (left, right) = subplots(1, 2)
     cos, _ = model.rope_table(256, 64, theta=2000.0)
     image = left.imshow(cos, aspect="auto", cmap="RdBu", interpolation="nearest")
@@ -76,7 +78,7 @@ def rope():
 
 
 def masks():
-    """Who may attend to whom: a plain row, a packed one, one with padding at the left."""
+    """Which key each query may attend to: in a plain row, a packed row, a row with left padding."""
     figure, axes = subplots(1, 3, height=3.6)
     index = torch.arange(10)
     packed = model.packed_positions_and_mask(torch.tensor([[0] * 4 + [1] * 3 + [2] * 3]))
@@ -93,29 +95,41 @@ def masks():
     return figure
 
 
+def retrieval_head(net: model.LLaMA, tokens: list[int], scene: range,
+                   reply: range) -> tuple[int, int, torch.Tensor]:
+    """The layer and head that attend most to the token of the scene that comes next in the reply,
+    and the head's attention weights (T, T)."""
+    best = (-1.0, 0, 0, None)
+    for layer in range(net.config.n_layers):
+        _, weights = inside.forward_textbook(net, tokens, layer)
+        for head, weights_of_head in enumerate(weights):
+            found = 0.0
+            for t in reply:
+                for s in scene:
+                    if tokens[s] == tokens[t]:
+                        found += weights_of_head[t - 1, s].item()
+            if found > best[0]:
+                best = (found, layer, head, weights_of_head)
+    return best[1:]
+
+
 def retrieval(run: Path):
-    """The head that looks the answer up: rows are the tokens of the reply, each predicted from the
-    one before it."""
+    """The head that retrieves the answer from the scene. A row is a token of the reply, and shows
+    the attention of the position that predicts it."""
     net, tokenizer, template = load(run)
     tokens, marks = data.render(held_out_conversation(1), template, tokenizer)
     begin = next(a for a, _, supervised in data.runs(marks) if supervised)
-    scene = range(len(data.render(data.Conversation([data.Turn("user", "")]), template,
-                                  tokenizer).tokens) - 3, begin)  # without the system prompt
-    best = (0.0, 0, 0, None)
-    for layer in range(net.config.n_layers):
-        _, weights = inside.forward_textbook(net, tokens, layer)
-        for head, map_of_head in enumerate(weights):
-            found = sum(map_of_head[t - 1, s].item() for t in range(begin, len(tokens))
-                        for s in scene if tokens[s] == tokens[t])
-            best = max(best, (found, layer, head, map_of_head), key=lambda entry: entry[0])
-    _, layer, head, weights = best
+    nothing = data.render(data.Conversation([data.Turn("user", "")]), template, tokenizer)
+    scene = range(len(nothing.tokens) - 3, begin)  # without the system prompt
+    reply = range(begin, len(tokens))
+    layer, head, weights = retrieval_head(net, tokens, scene, reply)
     shown = weights[begin - 1:-1, scene.start:scene.stop]
     figure, (axis,) = subplots(width=12, height=1.8 + 0.22 * len(shown))
     axis.imshow(shown, cmap="Greens", aspect="auto", vmin=0)
     axis.set(title=f"attention of head {head} in layer {layer} while the reply is predicted",
              xticks=range(len(scene)), yticks=range(len(shown)))
-    axis.set_xticklabels(labels(tokenizer, tokens[scene.start:scene.stop]), rotation=90, size=8)
-    axis.set_yticklabels(labels(tokenizer, tokens[begin:]), size=8)
+    axis.set_xticklabels(texts_of(tokenizer, tokens[scene.start:scene.stop]), rotation=90, size=8)
+    axis.set_yticklabels(texts_of(tokenizer, tokens[begin:]), size=8)
     return figure
 
 
@@ -140,7 +154,7 @@ def sampling():
 
 
 def lora(run: Path):
-    """Fine-tuning without LoRA: how much of the change of each matrix has low rank?"""
+    """Full fine-tuning: how much of its change to each matrix a low rank would hold."""
     before, after = (load(run, name)[0].state_dict() for name in ("base", "vicuna"))
     figure, axes = subplots(1, 2, sharey=True)
     for axis, name in zip(axes, ("attention.wq", "feed_forward.w1")):
@@ -158,7 +172,8 @@ def lora(run: Path):
 
 
 def quantization(run: Path):
-    """Error of blocks of 32 weights, relative to the block, in eight and in four bits."""
+    """The error of quantization to eight and to four bits: of blocks of 32 weights, relative to the
+    block's norm, and of single weights."""
     weight = load(run)[0].layers[0].feed_forward.w1.weight.detach().float()
     figure, (left, right) = subplots(1, 2)
     for kind in ("Q8_0", "Q4_0"):
@@ -180,8 +195,8 @@ def quantization(run: Path):
 # -- data and training ----------------------------------------------------------------------------
 
 def chips(run: Path):
-    """A conversation as tokens: gray where nothing is learned, green in the loss, darker where the
-    model finds it harder."""
+    """A conversation as tokens: gray if not supervised, green if in the loss; the larger the loss,
+    the darker."""
     from matplotlib import colormaps
     net, tokenizer, template = load(run)
     example = data.render(held_out_conversation(3), template, tokenizer)
@@ -189,7 +204,7 @@ def chips(run: Path):
     darkness = np.log10(loss.clip(1e-3, 1)) / 3 + 1  # 0 at 0.001 nats, 1 from 1 nat on
     figure, (axis,) = subplots(width=11, height=2.6)
     column, row = 0, 0
-    for label, mark, dark in zip(labels(tokenizer, example.tokens), example.labels, darkness):
+    for label, mark, dark in zip(texts_of(tokenizer, example.tokens), example.labels, darkness):
         if column + len(label) > 154:
             column, row = 0, row + 1
         shade = GRAY if mark == data.IGNORE else colormaps["Greens"](0.2 + 0.6 * dark)
@@ -203,7 +218,7 @@ def chips(run: Path):
 
 
 def schedule():
-    """Warmup and cosine, ours and the published one."""
+    """Learning rate with warmup and cosine decay: ours, and Alpaca's and Vicuna's."""
     figure, (axis,) = subplots(width=6)
     shown = {"ours: warmup 10%, down to a tenth": dict(warmup=0.1, min_lr=0.1),
              "Alpaca's and Vicuna's: warmup 3%, down to 0": dict(warmup=0.03, min_lr=0.0)}
@@ -216,7 +231,7 @@ def schedule():
 
 
 def losses(run: Path):
-    """Loss curves with their plateau and drop, and what each stage can do in the end."""
+    """Loss curves, with their plateau and drop, and the right answers of each stage."""
     figure, (left, right) = subplots(1, 2, height=3.6)
     stages = [name for name in ("base", "alpaca", "vicuna") if (run / name).exists()]
     curves = {name: [line["loss"] for line in read_metrics(run / name / "metrics.jsonl")]
@@ -250,7 +265,7 @@ def toy_picture() -> tuple[world.Scene, np.ndarray]:
 
 
 def patches():
-    """What the ViT reads: the patches of a picture, row by row."""
+    """What the ViT reads: the patches of a picture, numbered row by row."""
     picture, size = toy_picture()[1], vision.ViTConfig().patch_size
     figure, (left, right) = subplots(1, 2, width=7, height=3.6)
     left.imshow(picture)
@@ -271,37 +286,40 @@ def patches():
 
 
 def cross_attention(net: vision.MiniGPT4, pixels: torch.Tensor) -> torch.Tensor:
-    """How each query divides its attention among class token and patches: (Q, 1 + P), the mean
-    over heads of the last layer that looks at the picture."""
+    """How each query divides its attention among class token and patches, (Q, 1 + P): the mean over
+    the heads of the last cross-attention."""
+    part = next(layer.cross_attention for layer in reversed(net.qformer.layers)
+                if layer.cross_attention is not None)
     seen = []
-    for layer in net.qformer.layers:
-        if layer.cross_attention is not None:
-            layer.cross_attention.register_forward_pre_hook(lambda part, given: seen.append(given))
-            part = layer.cross_attention
+    part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     with torch.no_grad():
         net.features(pixels)
-        x, source = seen[-1]
+        x, source = seen[0]
         q = part.query(x).unflatten(-1, (part.n_heads, -1)).transpose(1, 2)  # (1, H, Q, D)
         k = part.key(source).unflatten(-1, (part.n_heads, -1)).transpose(1, 2)
         return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
 
 
 def qformer(run: Path):
-    """Where the queries look, and through them the words of the description."""
+    """What the queries attend to in the picture, and what the words of the description attend to
+    through the queries."""
     net, path, meta = vision.load(run / "minigpt4")
     tokenizer, picture = data.Tokenizer(path), toy_picture()[1]
     pixels = vision.preprocess(picture, net.vit.config.image_size)[None]
-    looks, vectors = cross_attention(net.eval(), pixels)[:, 1:], net.encode(pixels).detach()
+    of_queries = cross_attention(net.eval(), pixels)[:, 1:]  # (Q, P)
+    vectors = net.encode(pixels).detach()
     asked = data.Turn("user", data.IMAGE_INSTRUCTIONS[0], slots=net.n_queries)
     prompt = data.render(data.Conversation([asked]), meta["template"], tokenizer).tokens
     said = [i for (i,) in net.generate([prompt], 24, images=pixels)]
     slots = [i for i, token in enumerate(prompt) if token == data.IMAGE_SLOT]
     maps = [inside.forward_textbook(net.llama, prompt + said, layer, vectors)[1].mean(0)
             for layer in range(net.llama.config.n_layers)]
-    attended = torch.stack(maps).mean(0)[len(prompt) - 1:-1, slots]  # (words, Q)
-    shown = [(f"query {i + 1}", row) for i, row in enumerate(looks)]
-    shown += list(zip(labels(tokenizer, said), attended @ looks))[:20]
-    figure, axes = subplots(-(-len(shown) // 10), 10, width=12, height=1.5 * -(-len(shown) // 10))
+    to_slots = torch.stack(maps).mean(0)[len(prompt) - 1:-1, slots]  # (words, Q)
+    of_words = to_slots @ of_queries  # (words, P)
+    shown = [(f"query {i + 1}", row) for i, row in enumerate(of_queries)]
+    shown += list(zip(texts_of(tokenizer, said), of_words))[:20]
+    n_rows = math.ceil(len(shown) / 10)
+    figure, axes = subplots(n_rows, 10, width=12, height=1.5 * n_rows)
     for axis in axes:
         axis.set_axis_off()
     for axis, (title, row) in zip(axes, shown):
@@ -313,7 +331,7 @@ def qformer(run: Path):
 
 
 def position_bias():
-    """Three judges read the same answers in both orders."""
+    """Three judges that review the same answers in both orders: how often the orders agree."""
     figure, (axis,) = subplots(width=7, height=2.6)
     for kind in ("oracle", "longer", "first"):
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
@@ -346,7 +364,7 @@ ALL = [*PLOTS, *RUN_PLOTS]
 @dataclass
 class PlotsConfig:
     name: str  # rope, masks, ... (`all` draws every one)
-    run: str = "out"  # folder of a run, or a checkpoint
+    run: str = "out"  # output folder of the training scripts, or a checkpoint
     out: str = "plots"  # folder to write to
 
     def __post_init__(self):
@@ -357,7 +375,7 @@ class PlotsConfig:
 
 
 def main(cfg: PlotsConfig) -> dict:
-    """Writes NAME.png. With "all", a plot whose files are missing is left out, and said so."""
+    """Writes NAME.png. With "all", a plot whose files are missing is left out with a message."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib: pip install matplotlib")
     out, written = Path(cfg.out), []

@@ -1,9 +1,10 @@
-"""The ten weeks: what is asked in each, which tests check it, and three hints for each exercise.
+"""The ten weeks: the exercises of each, the tests that check them, and three hints for each one.
 
-This table is the only part of the exercises that is written by hand; tests/test_course.py holds it
-against the code. A check is a test function; a file is named where it is not the module's own test
-file. An exercise is solved when all of its checks pass, but for those that another exercise, red in
-more of them, explains. Choices of this house, such as our initialization, are not checked.
+This table is the only part of the exercises that is written by hand; tests/test_course.py checks it
+against the code. A check is a test function, in the module's own test file unless a file is named.
+An exercise is solved when all its checks pass. A red check that it shares does not count if another
+exercise explains it by a red check of its own. Our own choices, such as the initialization, are not
+checked.
 """
 
 import functools
@@ -34,8 +35,8 @@ WEEKS = {
         Exercise(
             "data.Tokenizer.encode", "test_round_trip test_continuation_adds_no_space", (
                 "self.sp.encode(text) gives ids, and begins every text with a space.",
-                "Text that continues a line can be encoded behind something that is always a token "
-                "of its own, and that is then dropped.",
+                "Text that continues a line is encoded after something that is always a token of "
+                "its own; that token is then dropped.",
                 "Encode a newline and the text; return what follows the first self._newline.")),
         Exercise(
             "data.Tokenizer.decode", "test_round_trip test_continuation_adds_no_space", (
@@ -76,10 +77,10 @@ WEEKS = {
         Exercise(
             "data.fit_prompt", "test_fit_prompt_drops_the_oldest_rounds", (
                 "A round is a question and its reply: turns 2i and 2i + 1.",
-                "Make the order in which rounds would go: text rounds first, then those with "
-                "image slots, each oldest first. Drop as few as fit.",
-                "With block > 0, only those numbers of rounds are allowed whose tokens since the "
-                "last allowed number reach `block`. Render again after each choice.")),
+                "List the rounds in the order in which they are dropped: text rounds first, then "
+                "those with image slots, the oldest first. Drop as few as possible.",
+                "With block > 0, text rounds are dropped in groups of at least `block` tokens. "
+                "Render again with each number of rounds that may be dropped.")),
     ]),
     2: Week("RMSNorm, RoPE and the block", [
         Exercise(
@@ -108,7 +109,7 @@ WEEKS = {
                 "makes room for the heads; stack, flatten(-2), and back to x's type.")),
         Exercise(
             "tools.inside.rotate", "test_weeks.py::test_rope_as_complex_numbers", (
-                "The same rotation a second time, as one multiplication.",
+                "The same rotation as in apply_rope, as one multiplication.",
                 "A pair (a, b) is the complex number a + ib; turning it by an angle multiplies it "
                 "by cos + i sin.",
                 "torch.view_as_complex of (T, H, D/2, 2) times torch.polar(1, angles), then "
@@ -122,7 +123,7 @@ WEEKS = {
         Exercise(
             "model.Block.forward",
             "test_weeks.py::test_a_block_adds_twice test_equals_golden_values", (
-                "Two steps, and each adds to x what it finds.",
+                "Two steps, and each adds its output to x.",
                 "Pre-norm: what goes into attention and feed-forward is normalized; x itself is "
                 "not.",
                 "x + self.attention(self.attention_norm(x), ...), then the same with feed_forward "
@@ -155,12 +156,12 @@ WEEKS = {
             "model.KVCache.update", "test_reading_in_chunks test_cached_generation_equals_uncached",
             (
                 "self.k and self.v are (layers, B, K, max_len, D), filled up to self.length.",
-                "Write behind what is there, return everything of this layer up to the end.",
+                "Write after what is there; return all keys and values of this layer so far.",
                 "self.length itself is advanced by LLaMA.hidden, after the last layer.")),
         Exercise(
             "model.KVCache.truncate", "test_generation_continues_from_a_cache", (
                 "Nothing has to be deleted.",
-                "What lies behind self.length is overwritten by the next update.",
+                "What lies after self.length is overwritten by the next update.",
                 "n may be larger than what is there: take the smaller of the two.")),
         Exercise(
             "model.Attention.forward", "test_equals_golden_values test_reading_in_chunks", (
@@ -179,9 +180,9 @@ WEEKS = {
         Exercise(
             "model.padded_positions_and_mask",
             "test_prompts_of_unequal_length test_weeks.py::test_left_padding_by_hand", (
-                "n_pad[b] positions at the left of row b are no text.",
-                "Causal, and keys at least n_pad. A row of the mask without any True would give "
-                "NaN, so padding sees itself.",
+                "The first n_pad[b] positions of row b are padding.",
+                "The mask is causal, and keys begin at n_pad. A row of the mask without any True "
+                "would give NaN, so padding attends to itself.",
                 "Compare torch.arange(past + T) with n_pad[:, None, None]; positions are those of "
                 "the row minus n_pad, and never negative.")),
         Exercise(
@@ -209,8 +210,8 @@ WEEKS = {
             "test_micro_batches_do_not_change_the_gradient "
             "test_packed_conversations_are_trained_on_as_if_they_were_alone", (
                 "The loss of a step is one sum over all its supervised tokens, divided once.",
-                "Count first, over all micro-batches and processes (machine.total). Then go "
-                "backward part by part, each divided by that count.",
+                "Count first, over all micro-batches and processes (machine.total). Then call "
+                "backward for each micro-batch, on its sum divided by that count.",
                 "FSDP averages gradients over machine.world processes, so multiply by it. "
                 "net.nll(tokens, labels, *images, segments=segments) gives (sum, count).")),
         Exercise(
@@ -287,7 +288,7 @@ WEEKS = {
         Exercise(
             "data.Rows.row",
             "test_each_epoch_has_every_row_once test_batches_depend_on_seed_and_step_only", (
-                "The i-th row over all epochs: which epoch, and which place in it?",
+                "The i-th row over all epochs: which epoch, and which position in it?",
                 "Each epoch has its own permutation, from (seed, epoch) alone.",
                 "np.random.default_rng((self.seed, epoch)).permutation(len(self)), kept until "
                 "another epoch is asked for.")),
@@ -307,7 +308,7 @@ WEEKS = {
             "model.packed_positions_and_mask",
             "test_packed_rows_equal_conversations_one_by_one "
             "test_positions_restart_in_each_segment", (
-                "Two tokens see each other if their segments are equal, and only backward.",
+                "A token attends to itself and to earlier tokens of its own segment.",
                 "A position is the index minus that of the first token of its segment.",
                 "Put the index where a segment begins and 0 elsewhere; cummax carries it on. The "
                 "mask gets a dimension for the heads.")),
@@ -316,11 +317,11 @@ WEEKS = {
         Exercise(
             "model.sample", "test_sample test_repetition_penalty", (
                 "In this order: repetition penalty, temperature, top-k, top-p, draw.",
-                "A token that is out gets minus infinity, and softmax does the rest. Temperature 0 "
-                "is the argmax.",
-                "top-p: sort, softmax, cumsum; a token is out if the tokens *before* it have top_p "
-                "already. Scatter back by the sorted ids. Negative logits are multiplied by the "
-                "penalty, positive ones divided.")),
+                "The logit of an excluded token becomes minus infinity, and softmax does the rest. "
+                "Temperature 0 is the argmax.",
+                "top-p: sort, softmax, cumsum; a token is excluded if those *before* it already "
+                "sum to top_p. Scatter back by the sorted ids. Negative logits are multiplied by "
+                "the penalty, positive ones divided.")),
         Exercise(
             "model.LLaMA.generate",
             "test_stop test_same_seed_same_words test_prompts_of_unequal_length "
@@ -359,13 +360,13 @@ WEEKS = {
             "test_data_files.py::test_input_of_alpaca "
             "test_weeks.py::test_records_of_alpaca_and_its_relatives", (
                 "An Alpaca record has instruction, input, output. Its relatives have other names.",
-                "Take the known keys out; what is left goes with the record as extra. Inputs that "
-                "say there is none are none.",
+                "Take the known keys out; the others become extra keys of the record. An input "
+                "such as <noinput> counts as empty.",
                 "instances: one record for each, with the outer keys; context is an input, "
                 "response an output; history stands before the conversation.")),
         Exercise(
             "train_sft.hold_out_a_tenth", "test_a_tenth_is_held_out", (
-                "Several documents are cut between documents, one text within itself.",
+                "Several documents are divided between two of them, a single text within itself.",
                 "A text is cut at the last line break between 89% and 90%, if there is one.",
                 "text.rfind(newline, begin, end) + 1; every character is in exactly one part.")),
         Exercise(
@@ -383,7 +384,7 @@ WEEKS = {
             "toy.exam.answer", "test_a_reply_that_does_not_end_is_wrong", (
                 "play(items) gives replies and whether each ended.",
                 "world.grade(question, reply) is 1 for a right answer.",
-                "Right is: ended, and grade 1.")),
+                "A reply is right if it ended and its grade is 1.")),
         Exercise(
             "toy.exam.share_right", "test_a_minimal_pair_counts_only_if_both_are_right", (
                 "Usually the mean.",
@@ -391,13 +392,13 @@ WEEKS = {
                 "zip(right[::2], right[1::2]).")),
         Exercise(
             "toy.exam.without_scene", "test_without_scene_exchanges_the_scene_everywhere", (
-                "A player made of a player: it changes the questions and asks the other.",
+                "A player made of a player: it changes the questions and passes them to `play`.",
                 "Replace item.told by another scene in every turn; leave the given item as it is.",
                 "world.tell(world.pick_scene(rng, ...), rng) tells a scene; "
                 "dataclasses.replace(item, turns=turns) copies.")),
         Exercise(
             "toy.exam.nearest_neighbor", "test_the_nearest_neighbor_goes_by_rare_words", (
-                "Which training question shares most words with this one? Its output is the "
+                "Which training question shares the most words with this one? Its output is the "
                 "answer.",
                 "Rare words count more: idf = log(number of questions / questions with the word). "
                 "Long questions must not win by length.",
@@ -406,7 +407,7 @@ WEEKS = {
         Exercise(
             "toy.exam.majority",
             "test_the_majority_answers_each_kind_with_its_most_frequent_answer", (
-                "Without looking at the question at all, but for its kind.",
+                "It knows nothing of a question but its kind.",
                 "A Counter for each kind.",
                 'Counter.most_common(1); a kind that was never seen gets "Yes."')),
         Exercise(
@@ -428,7 +429,7 @@ WEEKS = {
                 "The record's prompt_template has four fields; FIELDS matches them.",
                 "All fields are filled in one pass: answers may contain braces.",
                 "FIELDS.sub with a function that looks up match[1]. Several turns: in_turns, and "
-                "one more sentence of instruction; references only in REFERENCED.")),
+                "one more sentence of instruction. References: for categories in REFERENCED.")),
         Exercise(
             "judge.read_pair", "test_scores_are_read_as_a_person_would_and_not_guessed", (
                 "The PAIR pattern must match the whole line.",
@@ -444,7 +445,7 @@ WEEKS = {
         Exercise(
             "tools.report.outcome", "test_weeks.py::test_a_win_must_hold_in_both_orders", (
                 "One review, or two, of which the second saw the answers the other way round.",
-                "Turn the second one's scores back first. Then: who wins in each?",
+                "Swap the scores of the second one back first. Then: who wins in each?",
                 "Equal winners are the verdict, else it is a tie; position is the second winner "
                 "minus the first.")),
         Exercise(
@@ -455,26 +456,27 @@ WEEKS = {
                 "A pair is decided if neither is 0.")),
         Exercise(
             "tools.report.ratio", "test_weeks.py::test_a_ratio_and_its_interval", (
-                "A sum over a sum, and how far it moves if other questions had been drawn.",
+                "A sum over a sum, and how much it would vary with other questions.",
                 "Add up the rows of each question first; resample questions, not rows.",
                 "rng.integers(n, size=(2000, n)) draws questions; percentiles 2.5 and 97.5.")),
         Exercise(
             "tools.report.biases", "test_weeks.py::test_biases_by_hand", (
                 "Every figure is a ratio over some of the rows.",
-                "Length bias only over equally right answers in both orders: there a judge has no "
-                "other reason.",
+                "Length bias is measured only over equally right answers reviewed in both orders, "
+                "since nothing else there speaks for one of them.",
                 "verdict * longer is 1 if the longer wins, -1 if the shorter does.")),
     ]),
     9: Week("ViT, Q-Former and the projection", [
         Exercise(
             "vision.preprocess", "test_preprocessing_equals_golden_values", (
-                "Resize, to [0, 1], normalize.",
+                "Resize, scale to [0, 1], normalize.",
                 "A square, whatever the aspect ratio was; bicubic, by Pillow.",
                 "(height, width, 3) -> (3, size, size); MEAN and STD are per channel.")),
         Exercise(
             "vision.to_rgb", "test_transparency_becomes_white test_16_bits", (
                 'image.convert("RGB") is right for most modes, and wrong for two.',
-                "Deep gray must be scaled to 0..255; under transparency lies white.",
+                "Gray of more than 8 bits must be scaled to 0..255; transparent pixels lie on "
+                "white.",
                 "Image.alpha_composite over a white RGBA image; 65535 is white in 16 bits, the "
                 "largest value in 32.")),
         Exercise(
@@ -523,8 +525,8 @@ WEEKS = {
             "model.LLaMA.embed",
             "test_image_slots_are_filled_in_order test_images_that_do_not_fit_the_slots", (
                 "IMAGE_SLOT is no valid id: replace it before the embedding.",
-                "Vectors fill the slots in order, row after row. Refuse a number that does not "
-                "fit.",
+                "Vectors fill the slots in order, row after row. Raise UserError if there are more "
+                "or fewer vectors than slots.",
                 "masked_scatter over slots.unsqueeze(-1).")),
     ]),
     10: Week("four bits, and a project", [
@@ -538,7 +540,7 @@ WEEKS = {
         Exercise(
             "tools.quantize.encode_q4",
             "test_weeks.py::test_four_bits_by_hand test_blocks_equal_llama_cpps", (
-                "16 codes stand for -8 to 7; only one end is used by the largest weight.",
+                "16 codes stand for -8 to 7, so only the negative end reaches 8.",
                 "d = extreme / -8, with the sign of the extreme, so that it becomes exactly -8.",
                 "codes = floor(x / d + 8.5), at most 15; byte j holds code j and, in its high "
                 "half, code j + 16.")),
@@ -565,7 +567,7 @@ WEEKS = {
             "tools.quantize.block_type",
             "test_weeks.py::test_vectors_stay_and_the_ends_get_eight_bits", (
                 "Vectors are few: F32.",
-                "A row that is no multiple of 32 has no blocks.",
+                "A row whose length is not a multiple of 32 cannot be divided into blocks.",
                 "Eight bits if asked for, and for the embedding and the output matrix.")),
     ]),
 }

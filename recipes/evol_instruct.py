@@ -1,12 +1,13 @@
-"""WizardLM's data: instructions that a model rewrites, round by round, into harder ones, and then
-answers (Xu et al. 2023, Evol-Instruct, arXiv 2304.12244).
+"""WizardLM's data: a model rewrites instructions, round by round, into harder ones and answers them
+(Xu et al. 2023, Evol-Instruct, arXiv 2304.12244).
 
     python -m recipes.evol_instruct alpaca.json --teacher=MODEL@URL --rounds=4
     python -m recipes.evol_instruct alpaca.json --teacher=MODEL@URL --prompts=mine.json
 
-In each round one of six operations is drawn for every instruction. Five of them evolve it in depth;
-breadth makes a new one. What fails is eliminated, and its parent stays in the pool for the next
-round. The replies are kept beside the output, so the same command resumes.
+In each round, one of six operations is drawn for every instruction of the pool. Five evolve it in
+depth; breadth makes a new one. The result takes its parent's place in the pool. If it fails, it is
+eliminated, and the parent stays. The replies are kept beside the output, so the same command
+resumes.
 """
 
 import random
@@ -15,17 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import data
-from recipes.output import (
-    count_tokens,
-    open_teacher,
-    refuse_overwrite,
-    replies_beside,
-    write_result,
-)
+from recipes.output import open_teacher, refuse_overwrite, write_result
 from tools.config import UserError, check_above, check_at_least, run, suggest
-from tools.teacher import Reply
+from tools.teacher import Replies, Reply
 
-# -- prompts: our own words, for what the paper's ask for -----------------------------------------
+# -- the paper's prompts in our own words ---------------------------------------------------------
 
 DEPTH = """You make instructions for AI assistants harder. Below is a given prompt. Write a \
 rewritten prompt that today's assistants find somewhat harder, but that people still understand \
@@ -49,8 +44,8 @@ new prompt alone, without the words "given prompt" and "new prompt".
 
 Given prompt:
 {prompt}"""
-EQUAL = """Do these two prompts ask for the same: the same requirements, in the same depth and \
-breadth? Answer with one word: Equal or Different.
+EQUAL = """Do these two prompts ask for the same thing, with the same requirements, in the same \
+depth and breadth? Answer with one word: Equal or Different.
 
 First prompt:
 {prompt}
@@ -63,7 +58,8 @@ OPERATIONS = (*HOW, "breadth")
 
 
 def load_prompts(path: str) -> dict[str, str]:
-    """The prompts of a JSON file, {operation: text}. Raises UserError."""
+    """The prompts of a JSON file, {operation: text}. Raises UserError unless it has exactly the
+    keys of PROMPTS, each with its blanks."""
     found = data.parse_records(data.read_text(path), path)[0]
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected an object with the prompts {', '.join(PROMPTS)}")
@@ -80,13 +76,13 @@ def load_prompts(path: str) -> dict[str, str]:
 
 
 def fill(template: str, **texts: str) -> str:
-    """Fills the blanks at once: a text may itself contain "{prompt}"."""
+    """Fills all blanks in one pass, since a text may itself contain "{prompt}"."""
     return re.sub(r"\{(prompt|evolved)\}", lambda match: texts[match[1]], template)
 
 
 # -- elimination ----------------------------------------------------------------------------------
 
-# Words of the evolving prompts
+# Words of the prompts above that leak into an evolved instruction
 LEAK = re.compile(r"\b(given|rewritten|created|new) prompt\b", re.I)
 STOP_WORDS = set("""a about all also am an and any are as at be been but by can could did do does
 for from had has have he her here him his how i if in into is it its just me more most my no nor not
@@ -110,7 +106,8 @@ def why_no_instruction(reply: Reply | None, parent: str) -> str | None:
 
 
 def why_no_gain(reply: Reply | None) -> str | None:
-    """The reason to drop an evolved instruction by the teacher's verdict, or None."""
+    """The reason to drop an evolved instruction after the teacher compared it with its parent, or
+    None."""
     if reply is None:
         return "no answer from the teacher"
     verdict = re.match(r"\W*(equal|different|not equal)\b", reply.text, re.I)
@@ -122,7 +119,7 @@ def why_no_gain(reply: Reply | None) -> str | None:
 
 
 def why_no_answer(reply: Reply | None) -> str | None:
-    """The reason to drop an evolved instruction for the teacher's answer, or None."""
+    """The reason to drop an evolved instruction because of the teacher's answer, or None."""
     if reply is None:
         return "no answer from the teacher"
     words = re.findall(r"\w+", reply.text.lower())
@@ -137,13 +134,15 @@ def why_no_answer(reply: Reply | None) -> str | None:
 
 # -- a round --------------------------------------------------------------------------------------
 
-Ask = Callable[[list[data.Conversation], str], list[Reply | None]]
+# (requests, label for the progress bar) -> a reply or None for each
+Ask = Callable[[list[data.Conversation], str], Replies]
+Children = dict[int, data.Conversation]  # evolved tasks, by the index of the parent in the pool
 
 
 def evolve(pool: list[data.Conversation], number: int, ask: Ask, prompts: dict, seed: int,
-           report: data.Report) -> dict[int, data.Conversation]:
-    """Round `number`: the evolved task, with its answer, for each task of the pool where nothing is
-    eliminated. Operations depend on the seed, the round and the task alone."""
+           report: data.Report) -> Children:
+    """Round `number`: the evolved tasks that are not eliminated, with their answers. The operation
+    on a task depends only on the seed, the round and the task."""
     requests, operations = [], []
     for task in pool:
         operation = random.Random(f"{seed} {number} {task.id}").choice(OPERATIONS)
@@ -152,9 +151,9 @@ def evolve(pool: list[data.Conversation], number: int, ask: Ask, prompts: dict, 
         requests.append(prompt(text, wanted=operation, task=task.turns[0]))
     children = {}
     for i, reply in enumerate(ask(requests, "evolving")):
-        parent, name = pool[i], f"{pool[i].id}.{number}"
-        why = why_no_instruction(reply, parent.turns[0].text)
-        if why:
+        parent = pool[i]
+        name = f"{parent.id}.{number}"
+        if why := why_no_instruction(reply, parent.turns[0].text):
             report.add(name, f"dropped: {why}")
             continue
         asked = parent.turns[0]._replace(text=reply.text.strip())  # the input stays
@@ -165,13 +164,13 @@ def evolve(pool: list[data.Conversation], number: int, ask: Ask, prompts: dict, 
 
 
 def prompt(text: str, **extra) -> data.Conversation:
-    """`extra` is for the toy's oracle, which does not read prompts."""
+    """A request. `extra` tells the toy's oracle what is wanted, since it does not read prompts."""
     return data.Conversation([data.Turn("user", text)], extra=extra)
 
 
-def with_gain(pool: list[data.Conversation], children: dict, ask: Ask, prompts: dict,
-              report: data.Report) -> dict[int, data.Conversation]:
-    """Those that the teacher finds different from their parents."""
+def with_gain(pool: list[data.Conversation], children: Children, ask: Ask, prompts: dict,
+              report: data.Report) -> Children:
+    """The children that the teacher finds different from their parents."""
     requests = []
     for i, child in children.items():
         before, after = pool[i].turns[0], child.turns[0]
@@ -186,8 +185,8 @@ def with_gain(pool: list[data.Conversation], children: dict, ask: Ask, prompts: 
     return kept
 
 
-def with_answers(children: dict, ask: Ask, report: data.Report) -> dict[int, data.Conversation]:
-    """Those to which the teacher has an answer, which is added."""
+def with_answers(children: Children, ask: Ask, report: data.Report) -> Children:
+    """The children that the teacher can answer, with its answers."""
     requests = [replace(child, extra=dict(wanted="answer")) for child in children.values()]
     kept = {}
     for (i, child), reply in zip(children.items(), ask(requests, "answering")):
@@ -204,17 +203,28 @@ def with_answers(children: dict, ask: Ask, report: data.Report) -> dict[int, dat
 @dataclass
 class Config:
     file: str  # Alpaca: the instructions to begin with
-    teacher: str = ""  # who evolves and answers: MODEL@URL, a checkpoint; for the toy's, oracle
-    rounds: int = 4  # how often the pool evolves
-    out: str = "evolved.json"  # all rounds, the first instructions included; beside it the replies
+    teacher: str = ""  # who evolves and answers: MODEL@URL, a checkpoint, or oracle (for toy tasks)
+    rounds: int = 4  # how many times the pool evolves
+    out: str = "evolved.json"  # FILE's tasks and all rounds; beside it a report and the replies
     prompts: str = ""  # JSON file with other prompts, {operation: text}
     temperature: float = 1.0  # of the teacher
     max_new_tokens: int = 2048  # of one reply
-    seed: int = 0  # which operation evolves which instruction
+    seed: int = 0  # which operation each instruction gets
 
     def __post_init__(self):
         check_above(self, 0, "rounds", "max_new_tokens")
         check_at_least(self, 0, "temperature")
+
+
+def single_questions(file: str, report: data.Report) -> list[data.Conversation]:
+    """The first pool: the tasks of the file, as round 0. Longer conversations are dropped."""
+    pool = []
+    for task in data.load_conversations(file, report):
+        if len(task.turns) == 2:
+            pool.append(replace(task, extra={**task.extra, "round": 0}))
+        else:
+            report.add(task.id, "dropped: more than one question")
+    return pool
 
 
 def main(cfg: Config) -> dict:
@@ -222,28 +232,20 @@ def main(cfg: Config) -> dict:
     if not cfg.teacher:
         raise UserError("--teacher is missing: MODEL@URL, a checkpoint, or oracle")
     prompts = load_prompts(cfg.prompts) if cfg.prompts else PROMPTS
-    model = open_teacher(cfg)
-    report, pool, tokens = data.Report(), [], 0
-    for task in data.load_conversations(cfg.file, report):
-        if len(task.turns) == 2:
-            pool.append(replace(task, extra={**task.extra, "round": 0}))
-        else:
-            report.add(task.id, "dropped: more than one question")
-    found = list(pool)
-    print(f"{len(pool)} instructions, {cfg.rounds} rounds: at most {3 * len(pool) * cfg.rounds} "
-          "requests")
-    with replies_beside(cfg.out) as cache:
+    report = data.Report()
+    with open_teacher(cfg) as teacher:
+        pool = single_questions(cfg.file, report)
+        found = list(pool)
+        most = 3 * len(pool) * cfg.rounds
+        print(f"{len(pool)} instructions, {cfg.rounds} rounds: at most {most} requests")
         for number in range(1, cfg.rounds + 1):
-            def ask(requests, what, number=number):
-                nonlocal tokens
-                # The round is in the key: a parent that stays may be asked the same again.
-                settings = [cfg.temperature, cfg.max_new_tokens, number]
-                replies = cache.ask(model, requests, settings, f"round {number}: {what}")
-                tokens += count_tokens(replies)
-                return replies
+            def ask(requests: list, what: str, number: int = number) -> Replies:
+                # A parent that stays may get the same request again: the round number makes it new.
+                return teacher.ask(requests, number, f"round {number}: {what}")
 
             children = evolve(pool, number, ask, prompts, cfg.seed, report)
-            print(f"round {number}: {len(children)} of {len(pool)} evolved; {tokens} tokens so far")
+            print(f"round {number}: {len(children)} of {len(pool)} evolved; "
+                  f"{teacher.tokens} tokens so far")
             if not children:
                 print("stopped: nothing evolved in this round")
                 break

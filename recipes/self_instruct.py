@@ -2,11 +2,11 @@
 2022, Self-Instruct, arXiv 2212.10560).
 
     python -m recipes.self_instruct --seeds=seed_tasks.jsonl --teacher=MODEL@URL --count=1000
-    python -m recipes.self_instruct completions.jsonl    # replies that were received elsewhere
+    python -m recipes.self_instruct completions.jsonl    # replies that you already have
 
 Each request shows three seed tasks. The replies are kept beside the output, so the same command
-resumes, and a larger --count goes on. The defaults are Alpaca's, except that it asked a completion
-model, with the penalty of -100 on the end of the text.
+resumes, also with a larger --count. The defaults are Alpaca's. Alpaca asked a completion model and
+kept it from ending early by a logit bias of -100 on the end of text; chat models need no bias.
 """
 
 import random
@@ -19,10 +19,8 @@ from tqdm import tqdm
 
 import data
 from recipes.output import (
-    count_tokens,
     open_teacher,
     refuse_overwrite,
-    replies_beside,
     write_result,
 )
 from tools.config import UserError, check_above, check_at_least, refuse_unused, run
@@ -35,15 +33,15 @@ def parse_completion(text: str, cut_off: bool = False) -> list[dict]:
     """Alpaca records from "4. Instruction: ... 4. Input: ... 4. Output: ... ###" and so on. The
     first "Instruction:" may be missing, since the request can end with it.
 
-    A task with other fields than these three gets no output; nor does the last one if the
-    completion was cut off by its length. In the original the numbers have to be right, and "###"
-    or "20." within an answer spoils it.
+    The output is empty for a task that does not have exactly these three fields, and for the last
+    task of a completion that was cut off; such tasks are dropped later. The original also loses a
+    task with a wrong number, or with "###" or "20." in an answer.
     """
     text = text.replace("\r\n", "\n").strip()
     if not FIELD.match(text):
         text = "1. Instruction:" + text
     parts = FIELD.split(text)[1:]
-    groups: list[list[tuple[str, str]]] = [[]]  # the first one holds what precedes any instruction
+    groups: list[list[tuple[str, str]]] = [[]]  # one for each task, after what precedes the first
     for name, value in zip(parts[::2], parts[1::2]):
         if name == "Instruction":
             groups.append([])
@@ -51,15 +49,15 @@ def parse_completion(text: str, cut_off: bool = False) -> list[dict]:
     tasks = []
     for group in groups[1:]:
         names, values = zip(*group)
-        is_whole = names == ("Instruction", "Input", "Output")
-        if not is_whole or cut_off and group is groups[-1]:
+        is_cut = cut_off and group is groups[-1]
+        if is_cut or names != ("Instruction", "Input", "Output"):
             values = (values[0], "", "")
         tasks.append(dict(zip(("instruction", "input", "output"), values)))
     return tasks
 
 
 def parse_choices(record: dict) -> list[dict]:
-    """ShareGPT records from a server's reply, of /completions or of /chat/completions."""
+    """ShareGPT records from a server's response to /completions or /chat/completions."""
     found = []
     for choice in record["choices"]:
         text = choice["text"] if "text" in choice else choice["message"]["content"]
@@ -74,8 +72,8 @@ NEEDS_MORE_THAN_TEXT = re.compile(
 
 
 def why_unfit(instruction: str) -> str | None:
-    """Alpaca's filter for machine-written instructions: the reason to drop one, or None. The
-    original also drops those that begin with a letter beyond ASCII."""
+    """Alpaca's filter for machine-written instructions: what is wrong with one, or None. The
+    original also drops those that begin with a non-ASCII letter."""
     if not 3 < len(instruction.split()) <= 150:
         return "is too short or too long"
     if NEEDS_MORE_THAN_TEXT.search(instruction):
@@ -88,8 +86,9 @@ def why_unfit(instruction: str) -> str | None:
 
 
 def lcs(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence. row[j] is that of the words so far and b[:j]."""
-    common = set(a) & set(b)  # only these matter, and most instructions share few words
+    """Length of the longest common subsequence. After each word of a, row[j] is the length for
+    the words of a so far and the first j of b."""
+    common = set(a) & set(b)  # other words never match, and most instructions share few
     a = [word for word in a if word in common]
     b = [word for word in b if word in common]
     row = [0] * (len(b) + 1)
@@ -101,26 +100,27 @@ def lcs(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """ROUGE-L of two lists of words, as an F measure."""
+    """ROUGE-L of two lists of words: the F measure, 0 to 1."""
     return 2 * lcs(a, b) / max(1, len(a) + len(b))
 
 
 class Filter:
-    """Alpaca's filters for machine-written tasks, which see one task after the other."""
+    """Alpaca's filters for machine-written tasks. Each task is compared with all earlier ones."""
 
     def __init__(self, report: data.Report, seeds: Sequence[data.Conversation] = ()):
         self.report = report
-        self.earlier = [words_of(task) for task in seeds]  # of the seeds and of what was kept
+        self.earlier = [words_of(task) for task in seeds]  # the words of seeds and of kept tasks
 
     def keeps(self, task: data.Conversation) -> bool:
-        """True if the instruction is fit, and not too similar to that of an earlier task."""
+        """Whether the task passes all filters. If it does, later tasks are compared with it; if
+        not, the report says why."""
         instruction, reply = (turn.text.strip() for turn in task.turns[:2])
         words = words_of(task)
         reason = why_unfit(instruction)
         if not reason and reply == instruction:
             reason = "is also the output"
         if not reason and any(rouge_l(words, other) > 0.7 for other in self.earlier):
-            reason = "is like an earlier one"
+            reason = "resembles an earlier one"
         if reason:
             self.report.add(task.id, f"dropped: the instruction {reason}")
             return False
@@ -129,18 +129,19 @@ class Filter:
 
 
 def words_of(task: data.Conversation) -> list[str]:
+    """The words of the instruction, in lower case."""
     return re.findall(r"\w+", task.turns[0].text.lower())
 
 
 def filter_tasks(tasks: Iterable[data.Conversation],
                  report: data.Report) -> list[data.Conversation]:
-    new = Filter(report)
-    return [task for task in tasks if new.keeps(task)]
+    filters = Filter(report)
+    return [task for task in tasks if filters.keeps(task)]
 
 
 # -- asking a teacher -----------------------------------------------------------------------------
 
-# Our own words; what it asks for is what Alpaca asked for.
+# Alpaca's requirements in our own words
 REQUEST = """Continue this list up to task 20. Each task is for an assistant that reads and writes \
 text, and each has an instruction, an input and an output.
 - Let the tasks differ in topic, in the verb, and in form: questions as well as commands.
@@ -152,12 +153,12 @@ write <noinput>.
 - An output is a good answer to the instruction and its input, at most 100 words.
 """
 BATCH = 4  # requests that are sent at once
-DRY = 10  # after so many requests in a row without a new instruction, it stops
+PATIENCE = 10  # stop after this many requests in a row without a new task
 
 
 def request(seeds: Sequence[data.Conversation], seed: int, number: int) -> data.Conversation:
-    """Request `number`. It depends on nothing that was received, so that a run that was killed asks
-    the same again, and finds the replies in its file."""
+    """Request `number`, with three of the seed tasks. It does not depend on earlier replies, so a
+    resumed run makes the same requests and finds their replies in the cache."""
     lines = [REQUEST]
     for n, task in enumerate(random.Random(f"{seed} {number}").sample(seeds, 3), start=1):
         asked, reply = task.turns[:2]
@@ -183,27 +184,24 @@ def generate(cfg, report: data.Report) -> list[data.Conversation]:
     seeds = data.load_conversations(cfg.seeds)
     if len(seeds) < 3:
         raise UserError(f"{cfg.seeds} has {len(seeds)} tasks; each request shows three")
-    ask = open_teacher(cfg)
-    new, kept, asked, dry, tokens = Filter(report, seeds), [], 0, 0, 0
-    with replies_beside(cfg.out) as cache, tqdm(total=cfg.count, desc="tasks kept") as bar:
-        while len(kept) < cfg.count and dry < DRY:
+    filters, kept = Filter(report, seeds), []
+    asked, in_vain = 0, 0  # requests in all, and those since the last new task
+    with open_teacher(cfg) as teacher, tqdm(total=cfg.count, desc="tasks kept") as bar:
+        while len(kept) < cfg.count and in_vain < PATIENCE:
             numbers = range(asked, asked + BATCH)
             requests = [request(seeds, cfg.seed, number) for number in numbers]
-            # The number is in the key: asked once more, the same three seeds give other tasks.
-            settings = [cfg.temperature, cfg.max_new_tokens, asked]
-            replies = cache.ask(ask, requests, settings, label="")
+            replies = teacher.ask(requests, asked)  # another number: other tasks for equal seeds
             for number, reply in zip(numbers, replies):
                 found = read_reply(reply, number, report)
-                found = [task for task in found if new.keeps(task)]
-                dry = 0 if found else dry + 1
-                kept += found
+                new = [task for task in found if filters.keeps(task)]
+                in_vain = 0 if new else in_vain + 1
+                kept += new
             asked += BATCH
-            tokens += count_tokens(replies)
-            bar.set_postfix(requests=asked, tokens=tokens, refresh=False)
+            bar.set_postfix(requests=asked, tokens=teacher.tokens, refresh=False)
             bar.update(len(kept) - bar.n)
-    print(f"{len(kept)} tasks kept from {asked} requests; {tokens} tokens")
-    if dry >= DRY:
-        print(f"stopped: the last {dry} requests gave nothing new")
+    print(f"{len(kept)} tasks kept from {asked} requests; {teacher.tokens} tokens")
+    if in_vain >= PATIENCE:
+        print(f"stopped: the last {in_vain} requests gave nothing new")
     for task in kept[cfg.count:]:
         report.add(task.id, "dropped: more than --count")
     return kept[:cfg.count]
@@ -211,15 +209,15 @@ def generate(cfg, report: data.Report) -> list[data.Conversation]:
 
 @dataclass
 class Config:
-    # FILE: a server's replies, one a line, each with its `choices`
-    file: str = field(default="", metadata=dict(positional=True))  # replies, one a line
-    seeds: str = ""  # instead of FILE: tasks to show to the teacher; Self-Instruct's 175, or Alpaca
-    teacher: str = ""  # who writes tasks: MODEL@URL, a checkpoint; for toy seeds, oracle
+    # The responses of a server, each with its `choices`
+    file: str = field(default="", metadata=dict(positional=True))  # replies to filter, one per line
+    seeds: str = ""  # instead of FILE: seed tasks, in Self-Instruct's or in Alpaca's format
+    teacher: str = ""  # who writes tasks: MODEL@URL, a checkpoint, or oracle (for toy seeds)
     count: int = 1000  # how many tasks to keep
     out: str = "alpaca.json"  # the tasks; beside it a report and the teacher's replies
     temperature: float = 1.0  # of the teacher
     max_new_tokens: int = 3072  # of one reply
-    seed: int = 0  # which seed tasks are shown together
+    seed: int = 0  # which seed tasks each request shows
 
     def __post_init__(self):
         check_above(self, 0, "count", "max_new_tokens")
@@ -230,7 +228,7 @@ def main(cfg: Config) -> dict:
     report = data.Report()
     if cfg.file:
         refuse_unused(cfg, ("seeds", "teacher", "count", "temperature", "max_new_tokens", "seed"),
-                      f"{cfg.file} holds replies, so that nothing is asked")
+                      f"{cfg.file} holds replies, so no teacher is asked")
         refuse_overwrite(cfg.file, cfg.out)
         kept = filter_tasks(read_completions(cfg.file, report), report)
     elif cfg.seeds and cfg.teacher:
@@ -239,7 +237,7 @@ def main(cfg: Config) -> dict:
     else:
         raise UserError("give --seeds=FILE and --teacher, or a file of completions")
     if not kept:
-        raise UserError(f"{cfg.file or cfg.teacher}: no task in it can be used{report}")
+        raise UserError(f"{cfg.file or cfg.teacher}: no usable task{report}")
     return write_result(kept, cfg.out, report, "alpaca")
 
 

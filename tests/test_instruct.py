@@ -119,7 +119,7 @@ def reasons(out, name: str) -> dict:
 
 def test_each_filter_has_something_to_do(chain):
     said = " ".join(reasons(chain, "self"))
-    for reason in ("no reply", "like an earlier", "also the output", "text cannot show", "short"):
+    for reason in ("no reply", "resembles an", "also the output", "text cannot show", "short"):
         assert reason in said
     said = " ".join(reasons(chain, "evol"))
     for reason in ("no information gain", "sorry", "punctuation and stop words",
@@ -145,8 +145,9 @@ def test_what_is_kept_is_true_and_says_where_it_is_from(chain):
             assert parent.turns[0].input == asked.input and parent.turns[0].text != asked.text
 
 
-@pytest.mark.parametrize("a, b, said", [
-    (0.5, 0.7, "evolved 50%, simple 70%: simple wins"), (0.7, 0.5, "evolved wins"),
-    (0.5, 0.52, "no difference beyond noise"), (0.0, 0.0, "no difference")])
-def test_the_verdict_says_who_won(a, b, said):
-    assert said in instruct.verdict("evolved", "simple", dict(x=dict(evolved=a, simple=b)), 100)
+def test_the_table_has_means_and_says_what_is_noise(capsys):
+    """Of 200 answers in all, a lead of 10 points can be chance."""
+    instruct.print_results("right, %", dict(a=dict(x=0.5, y=1.0), b=dict(x=0.7, y=0.8)), 100)
+    printed = capsys.readouterr().out
+    assert ["mean", "60", "90"] in map(str.split, printed.splitlines())
+    assert "below 10 points is noise" in printed

@@ -276,7 +276,7 @@ COMPLETIONS = [
     # ROUGE-L above 0.7 is too similar; exactly 0.7 is not
     (wrote(task(4, "a b c d e f g h i j") + task(5, "a b c d e f g x y z")
            + task(6, "a b c d e f g h y z")),
-     [["a b c d e f g h i j", "Yes."], ["a b c d e f g x y z", "Yes."]], ["like an earlier one"]),
+     [["a b c d e f g h i j", "Yes."], ["a b c d e f g x y z", "Yes."]], ["resembles an earlier"]),
 ]
 
 
@@ -301,7 +301,7 @@ def test_rouge_l():
 
 def test_real_seed_tasks():
     """Alpaca's own filter keeps 171 of the 175 (two are short, one asks for a program, one says
-    "Music"); two more are like an earlier one, with ROUGE-L 0.82 and 0.75."""
+    "Music"); two more resemble an earlier one, with ROUGE-L 0.82 and 0.75."""
     report = data.Report()
     tasks = data.load_conversations(real("seed_tasks.jsonl"))
     kept = self_instruct.filter_tasks(tasks, report)
@@ -361,7 +361,7 @@ def test_a_server_that_fails_in_the_usual_ways(tmp_path, seeds, fake):  # noqa: 
     assert sorted(texts(data.load_conversations(out))) == [[QUIET, "Yes."], [SAY, "Yes."]]
     counts = reasons(out)
     asked = len(fake.answered)
-    assert counts == {"dropped: no reply": 3, "dropped: the instruction is like an earlier one":
+    assert counts == {"dropped: no reply": 3, "dropped: the instruction resembles an earlier one":
                       asked - 4}
     body = fake.requests[-1][1]
     assert body["temperature"] == 1.0 and body["max_tokens"] == 3072
@@ -372,7 +372,7 @@ def test_a_teacher_that_says_nothing_new_stops_the_run(tmp_path, seeds, fake, ca
     fake.says = lambda body: task(4, SAY)
     figures = run(self_instruct.main, self_instruct.Config, f"--seeds={seeds}",
                   f"--out={tmp_path / 'out.json'}", f"--teacher=gpt@{fake.url}", "--count=50")
-    assert figures["written"] == 1 and len(fake.answered) <= self_instruct.DRY + 2 * 4
+    assert figures["written"] == 1 and len(fake.answered) <= self_instruct.PATIENCE + 2 * 4
     printed = capsys.readouterr().out
     assert "gave nothing new" in printed and f"{10 * len(fake.answered)} tokens" in printed
 

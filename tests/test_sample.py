@@ -171,7 +171,7 @@ def test_help_and_typos(chat, capsys):
         (line,) = [line for line in lines if line.split()[0] == name]
         assert len(line[22:]) > 5 and len(line) <= 80
     for typed, message in (("/sve a.json", "did you mean /save?"), ("/xyzzy", "/help lists"),
-                           ("/save", "needs a file"), ("/undo 2", "takes nothing")):
+                           ("/save", "needs a file"), ("/undo 2", "takes no argument")):
         with pytest.raises(UserError, match=message):
             terminal.command(chat, typed)
 

@@ -1,4 +1,5 @@
-"""Statistics of the judge's reviews: totals, preferences, intervals, biases, agreement."""
+"""Statistics of the judge's reviews, in figures and in words: totals, preferences, intervals,
+biases, agreement."""
 
 import itertools
 import json
@@ -16,12 +17,13 @@ def listing(ids: Iterable) -> str:
 
 
 def said_in(record: dict) -> list[str]:
-    """The replies of an answer record, MT-bench's or Vicuna's."""
+    """The replies in an answer record, in MT-bench's or Vicuna's format."""
     choices = record.get("choices")
     return choices[0]["turns"] if choices else [record.get("text")]
 
 
 def in_turns(texts: list[str]) -> str:
+    """The texts as one; each says which turn it is from, unless there is only one turn."""
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"Turn {i}: {text}" for i, text in enumerate(texts, 1) if text)
@@ -35,11 +37,12 @@ def winner(first: float, second: float) -> int:
 # -- figures --------------------------------------------------------------------------------------
 
 def ratio(rows: list[dict], top: Callable, bottom: Callable = lambda row: 1) -> dict | None:
-    """sum(top) / sum(bottom) with a 95% bootstrap interval; None if the denominator is zero.
+    """The sum of top(row) over the sum of bottom(row), with a 95% bootstrap interval; None if the
+    denominator is zero.
 
-    Resamples questions with replacement, 2000 times; all rows of a question stay together.
+    Questions are resampled with replacement, 2000 times. All rows of a question stay together.
     """
-    sums: dict = {}
+    sums: dict = {}  # question id -> (top, bottom)
     for row in rows:
         t, b = sums.get(row["id"], (0, 0))
         sums[row["id"]] = t + top(row), b + bottom(row)
@@ -54,12 +57,12 @@ def ratio(rows: list[dict], top: Callable, bottom: Callable = lambda row: 1) -> 
 
 def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
             ratings: dict) -> dict:
-    """The figures of one pair. `orders` holds the reviews by question id, one dict for each order:
-    with a's answer shown first, then with b's.
+    """The figures of one pair. `orders` holds one dict of reviews by question id, or two: with a's
+    answer shown first, and with b's.
 
     With both orders, a win must hold in both, and anything else is a tie (2306.05685); scores are
-    averaged. A question without a readable review in each order is left out: one order alone would
-    bring back position bias. So are reviews of questions that are not in `categories`.
+    averaged. A question is left out without a readable review in each order, since one order alone
+    would bring back position bias. It is also left out if it is not in `categories`.
     """
     rows, left_out = [], []
     for i in dict.fromkeys([*categories, *orders[0], *orders[-1]]):
@@ -68,7 +71,7 @@ def compare(a: str, b: str, orders: list[dict], categories: dict, answers: dict,
             left_out.append(i)
             continue
         people = ratings.get(frozenset(reviews[0].answers), {})
-        votes = {None: 0, reviews[0].answers[0]: -1, reviews[0].answers[1]: 1}
+        votes = {reviews[0].answers[0]: -1, reviews[0].answers[1]: 1, None: 0}  # None: a tie
         people = {rater: votes[better] for rater, better in people.items()}
         rows.append(dict(id=i, category=categories[i], people=people,
                          **outcome(reviews), **about_answers(reviews[0], answers)))
@@ -96,7 +99,7 @@ def outcome(reviews: list) -> dict:
 
 
 def about_answers(review, answers: dict) -> dict:
-    """Grades and lengths of the two answers, where their files are there."""
+    """Texts, grades and lengths of the two answers, as far as `answers` has them."""
     records = [answers.get(answer_id, {}) for answer_id in review.answers]
     said = [said_in(r) if r else [""] for r in records]
     grades = [(r.get("metadata") or {}).get("grade") for r in records]
@@ -106,12 +109,13 @@ def about_answers(review, answers: dict) -> dict:
 
 
 def totals(rows: list[dict]) -> dict:
+    """The sums of both players' scores, and b's sum over a's."""
     return dict(n=len(rows), totals=[sum(r["scores"][k] for r in rows) for k in (0, 1)],
                 percent=ratio(rows, lambda r: r["scores"][1], lambda r: r["scores"][0]))
 
 
 def mean_scores(pairs: list[dict]) -> list[dict]:
-    """Each player's mean score, over all its reviews and by category; the best player first."""
+    """Each player's mean score, over all its reviews and by category. The best player is first."""
     scores: dict = {}  # name -> category -> scores
     for p in pairs:
         for row in p["rows"]:
@@ -126,22 +130,22 @@ def mean_scores(pairs: list[dict]) -> list[dict]:
 
 
 def baseline_of(pairs: list[dict]) -> str:
-    """The player that most pairs are compared with; "" if there is none."""
+    """The player that comes first in more than half of the pairs, and in at least two; or ""."""
     name, count = Counter(p["a"] for p in pairs).most_common(1)[0]
     return name if count > 1 and count > len(pairs) / 2 else ""
 
 
 def main_pair(pairs: list[dict]) -> dict:
-    """The pair that the report is about: the player in most pairs against another one that is not
-    the baseline."""
+    """The pair of the headline: the player that is second in most pairs, against another one than
+    the baseline if possible."""
     tested = Counter(p["b"] for p in pairs).most_common(1)[0][0]
     others = [p for p in pairs if p["b"] == tested and p["a"] != baseline_of(pairs)]
     return (others or pairs)[0]
 
 
 def agreement(votes: Sequence[tuple[int, int]]) -> dict | None:
-    """How often two judges agree, over all votes and over those where neither says tie (setups S1
-    and S2 of 2306.05685)."""
+    """The share of votes on which two judges agree: of all votes, and of those where neither says
+    tie (setups S1 and S2 of 2306.05685). None without votes."""
     if not votes:
         return None
     decided = [x == y for x, y in votes if x and y]
@@ -150,9 +154,9 @@ def agreement(votes: Sequence[tuple[int, int]]) -> dict | None:
 
 
 def biases(rows: list[dict]) -> dict:
-    """The judge's biases over all pairs. Position: the share of questions whose two verdicts lean
-    to the answer shown first, minus the share that lean to the second. Length: the win rate of the
-    longer of two equally right answers, minus that of the shorter."""
+    """The judge's biases and agreement over all pairs. Position: the share of questions whose two
+    verdicts lean to the answer shown first, minus the share that lean to the second. Length: the
+    win rate of the longer of two equally right answers, minus that of the shorter."""
     both, unequal = [r for r in rows if r["swapped"]], [r for r in rows if r["longer"]]
     equally_right = [r for r in unequal if r["swapped"] and r["truth"] == 0]
     known = [r for r in rows if r["truth"] is not None]
@@ -174,17 +178,17 @@ def biases(rows: list[dict]) -> dict:
 
 # -- figures in words -----------------------------------------------------------------------------
 
-# Fewer decided questions prove nothing: chance alone gives one player all of 5 one time in 16.
+# With fewer decided questions nobody wins: by chance, one player wins all of 5 one time in 16.
 ENOUGH_DECIDED = 6
 
 
 def called(name: str) -> str:
-    """The name in a sentence: "vicuna" becomes "Vicuna", and "gpt-3.5-turbo" stays."""
+    """The name as sentences have it: "vicuna" becomes "Vicuna", and "gpt-3.5-turbo" stays."""
     return name.capitalize() if name.isalpha() and name.islower() else name
 
 
 def in_words(p: dict) -> dict:
-    """The result of a pair in words: what b won, who is better, and what that rests on."""
+    """The result of a pair in words: the verdict, the evidence for it, and b's record."""
     a, b = called(p["a"]), called(p["b"])
     decided, likely = p["wins"] + p["losses"], interval(p)
     better, won = (b, p["wins"]) if p["wins"] >= p["losses"] else (a, p["losses"])
@@ -200,7 +204,7 @@ def in_words(p: dict) -> dict:
 
 
 def verdict(a: str, b: str, p: dict) -> str:
-    """Who wins, if a 95% interval says so."""
+    """Who wins, if the 95% interval excludes a tie; else why nobody does."""
     wins, losses, preferred = p["wins"], p["losses"], p["preferred"]
     if not p["n"]:
         return f"{b} against {a}: no readable review"
@@ -216,8 +220,8 @@ def verdict(a: str, b: str, p: dict) -> str:
 
 
 def interval(p: dict) -> str:
-    """The interval of the better player's share of decided questions. Without a single loss there
-    is none: drawing again from equal verdicts always gives 100%."""
+    """The interval of the better player's share of decided questions; "" if that player won all
+    of them, since resampling equal verdicts always gives 100%."""
     if not p["wins"] or not p["losses"]:
         return ""
     low, high = p["preferred"]["low"], p["preferred"]["high"]
@@ -227,7 +231,8 @@ def interval(p: dict) -> str:
 
 
 def findings(b: dict) -> list[dict]:
-    """What is known about the judge, in words. `biased` is None where no bias was tested."""
+    """What is known about the judge, in words. `biased` is None if the finding is about no bias, or
+    if the bias was not measured."""
     found = [position_bias(b), length_bias(b)]
     for key, who in (("truth", "The judge agrees with the truth"),
                      ("people", "The judge agrees with people"),
@@ -235,8 +240,8 @@ def findings(b: dict) -> list[dict]:
         figure = b[key]
         if figure and figure["n_decided"]:
             share, decided = f"{100 * figure['all']:.0f}%", f"{100 * figure['decided']:.0f}%"
-            why = (f"33% by chance; without ties {decided} of {figure['n_decided']}, "
-                   "50% by chance")
+            why = (f"chance: 33%; without ties, {decided} of {figure['n_decided']}, "
+                   "chance: 50%")
             found.append(dict(verdict=f"{who} on {share} of {figure['n']} verdicts", why=why,
                               biased=None))
     return [finding for finding in found if finding]
@@ -255,17 +260,17 @@ def position_bias(b: dict) -> dict:
 def length_bias(b: dict) -> dict | None:
     if not b["longer_wins"]:
         return None
-    longer = f"the longer answer wins {percent(b['longer_wins'])} of decided questions"
+    longer = f"the longer wins {percent(b['longer_wins'])} of decided questions"
     if not b["length"]:
         return dict(verdict="Length bias was not measured", biased=None,
-                    why=f"no two answers are known to be equally right; {longer}")
+                    why=f"no two answers are known to be equally right; of any two, {longer}")
     why = ("of two equally right answers, the win rate of the longer minus that of the shorter is "
-           f"{percent(b['length'])}; over all, {longer}")
+           f"{percent(b['length'])}; of any two, {longer}")
     return bias("length", b["length"], "longer answers", "shorter answers", why)
 
 
 def bias(kind: str, figure: dict, more: str, less: str, why: str) -> dict:
-    """A finding: a bias only if the interval of its figure excludes 0."""
+    """A finding. The judge is biased only if the interval of the figure excludes 0."""
     biased = not figure["low"] <= 0 <= figure["high"]
     verdict = f"No {kind} bias found"
     if biased:
@@ -301,8 +306,8 @@ def print_report(figures: dict) -> None:
 
 
 def write_report(pairs: list[dict], questions: list, out: Path, judge: str) -> dict:
-    """Prints the figures of all pairs, and writes them to `out`: report.json, and report.html with
-    questions, answers and reviews."""
+    """Prints the figures of all pairs and returns them. Writes them to `out`: report.json, and
+    report.html, which also has the questions, answers and reviews."""
     measured = biases([row for p in pairs for row in p["rows"]])
     shown = main_pair(pairs)
     figures = dict(judge=judge, questions=len(questions), verdict=shown["verdict"],

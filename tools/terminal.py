@@ -1,9 +1,8 @@
-"""The chat of `python sample.py` in the terminal: it reads messages and commands, and prints
-answers.
+"""The terminal chat of `python sample.py`: it reads messages and commands, and prints answers.
 
-A line is a message, and a line that begins with / is a command; /help lists the commands. A message
-of several lines begins and ends with three quotation marks. Where Python has readline, the arrow
-keys edit a line and go back to earlier ones, also to those of earlier chats.
+A line is a message, or a command if it begins with /; /help lists the commands. A message of
+several lines begins and ends with three quotation marks. Where Python has readline, the arrow keys
+edit a line and recall earlier ones, including those of earlier chats.
 """
 
 import contextlib
@@ -47,7 +46,8 @@ def talk(chat) -> None:
 
 
 def respond(chat, interactive: bool) -> None:
-    """Reads one message or command and does what it says. Raises EOFError when there is no more."""
+    """Reads a message and prints the answer, or reads a command and runs it. Raises EOFError at the
+    end of the input, and to leave the chat."""
     line = read_line(interactive, "> ").strip()
     if line.startswith(QUOTES):
         message = read_block(line, interactive)
@@ -75,8 +75,8 @@ def read_line(interactive: bool, prompt: str) -> str:
 
 
 def read_block(first: str, interactive: bool) -> str:
-    """A message of several lines, whose first line has the opening quotation marks. The end of the
-    input ends it, too."""
+    """A message of several lines. `first` is its first line, with the opening quotation marks. The
+    closing ones may be missing at the end of the input."""
     text = first.removeprefix(QUOTES)
     with contextlib.suppress(EOFError):
         while not text.rstrip().endswith(QUOTES):
@@ -85,15 +85,15 @@ def read_block(first: str, interactive: bool) -> str:
 
 
 def print_answer(chat, pieces: Iterator[str]) -> None:
-    """Prints an answer as it comes; a completion follows its prompt. Ctrl-C ends the answer, not
-    the program."""
+    """Prints an answer while it is generated, and the prompt before a completion. Ctrl-C stops the
+    answer, not the program."""
     if chat.vlm and not chat.turns and not chat.pending:
         print("(no picture yet: use /image FILE, or --image)", file=sys.stderr)
-    with contextlib.closing(pieces):  # keeps what was said so far
+    with contextlib.closing(pieces):  # closing it stores what was said so far
         try:
             echo = chat.template == "plain"
             for piece in pieces:
-                if echo:  # now the question is in the chat
+                if echo:  # the prompt is among the turns from the first piece on
                     print(chat.turns[-1].text, end="")
                     echo = False
                 print(piece, end="", flush=True)
@@ -113,8 +113,8 @@ def history_file() -> Path:
 
 @contextlib.contextmanager
 def history() -> Iterator[None]:
-    """While it is open, input() has arrow keys and remembers the lines of earlier chats. A history
-    that cannot be read or written is no reason to fail."""
+    """Inside this context, input() has arrow keys and knows the lines of earlier chats. A history
+    file that cannot be read or written is ignored."""
     try:
         import readline
     except ImportError:  # as on Windows
@@ -131,7 +131,7 @@ def history() -> Iterator[None]:
             readline.write_history_file(history_file())
 
 
-# -- commands: each function gets the chat and what follows the command ---------------------------
+# -- commands: each function gets the chat and the text after the command -------------------------
 
 def show_image(chat, file: str) -> None:
     chat.show_image(file)
@@ -164,7 +164,8 @@ def load(chat, file: str) -> None:
 
 
 def set_option(chat, text: str) -> None:
-    """Changes a setting of generation. Without a value, prints it; without a name, prints all."""
+    """Changes a setting of generation and prints it. Without a value, only prints it; without a
+    name, prints all settings."""
     name, _, value = text.replace("=", " ", 1).partition(" ")
     if name and name not in SETTINGS:
         hint = config.suggest(name, SETTINGS, f"; choose from {', '.join(SETTINGS)}")
@@ -183,7 +184,7 @@ def set_option(chat, text: str) -> None:
 
 
 def set_system(chat, text: str) -> None:
-    """Changes the system text, if there is one to change it to, and prints it."""
+    """Changes the system text if one is given ("" in quotes: to none), and prints it."""
     if text:
         chat.system = "" if text == '""' else text
     system = chat.system
@@ -193,18 +194,18 @@ def set_system(chat, text: str) -> None:
 
 
 def is_toy(tokenizer: data.Tokenizer) -> bool:
-    """Whether the tokenizer was trained on the toy world: it is small, and colors and shapes are
-    single pieces."""
+    """Whether the tokenizer was trained on the toy world: it is small, and each color and shape is
+    a single piece."""
     from toy import world
     words = world.COLORS + world.SHAPES
     return tokenizer.vocab_size < 10000 and all(len(tokenizer.encode(word)) == 1 for word in words)
 
 
 def show_example(chat, _) -> None:
-    """Prints a question about a scene that was not in the training data, and the scene: drawn if
-    the model can see, else as the beginning of the question."""
+    """Prints a question about a scene that was not in the training data. The scene is drawn and
+    attached if the model can see; otherwise the question begins with it."""
     if not is_toy(chat.tokenizer):
-        raise UserError("/example is for models of the toy world; this model knows another one")
+        raise UserError("/example is only for models of the toy world")
     from toy import world
     rng = random.Random()
     scene, question = world.pick_scene(rng, "scenes", n=2), None
@@ -222,11 +223,11 @@ def show_example(chat, _) -> None:
     print(f"try: {text}")
     with contextlib.suppress(ImportError):
         import readline
-        readline.add_history(text)  # the up arrow brings it
+        readline.add_history(text)  # so that the up arrow recalls it
 
 
 def draw(scene, rng: random.Random) -> str:
-    """Draws a scene of the toy world into a new file."""
+    """Draws a scene of the toy world to a temporary file, and returns its path."""
     from PIL import Image
 
     from toy import pictures
@@ -238,7 +239,7 @@ def draw(scene, rng: random.Random) -> str:
 
 
 def explain(chat, _) -> None:
-    """Prints each token of the last answer with its probability, and the likeliest others."""
+    """Prints each token of the last answer with its probability, and its likeliest alternatives."""
     logits = chat.reply_logits()
     print("(probabilities before temperature, top_k, top_p and repetition_penalty)")
     for token, row in zip(chat.reply_ids, logits):
@@ -272,19 +273,19 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "/image": Command("FILE", "attach a picture to the next question", show_image),
-    "/example": Command("", "a scene of the toy world, and a question about it", show_example),
-    "/why": Command("", "the tokens of the last answer, each with its alternatives", explain),
-    "/retry": Command("", "another answer to the last question", retry),
+    "/example": Command("", "show a question about a scene of the toy world", show_example),
+    "/why": Command("", "show the alternatives to each token of the last answer", explain),
+    "/retry": Command("", "generate another answer to the last question", retry),
     "/undo": Command("", "take back the last question and its answer", undo),
     "/reset": Command("", "begin a new chat, with the system text of the template", reset),
-    "/system": Command("[TEXT]", 'show or change the system text; "" is none', set_system),
+    "/system": Command("[TEXT]", 'show or change the system text; "" removes it', set_system),
     "/set": Command("[NAME [VALUE]]", "show or change a setting, as in /set temperature 0.5",
                     set_option),
-    "/save": Command("FILE", "save the chat, as ShareGPT's JSON", save),
+    "/save": Command("FILE", "save the chat in ShareGPT format", save),
     "/load": Command("FILE", "load the first chat of a ShareGPT file", load),
-    "/help": Command("", "this list", print_help),
-    "/quit": Command("", "leave; so do quit, exit and Ctrl-D", leave),
-    "/exit": Command("", "the same", leave),
+    "/help": Command("", "show this list", print_help),
+    "/quit": Command("", "leave, as do quit, exit and Ctrl-D", leave),
+    "/exit": Command("", "leave, too", leave),
 }
 
 
@@ -297,7 +298,7 @@ def command(chat, line: str) -> None:
         raise UserError(f"unknown command {name}{hint}")
     expected = COMMANDS[name].argument
     if argument and not expected:
-        raise UserError(f"{name} takes nothing after it")
+        raise UserError(f"{name} takes no argument")
     if expected == "FILE":
         if not argument:
             raise UserError(f"{name} needs a file, as in {name} FILE")

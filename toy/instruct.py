@@ -3,9 +3,9 @@
     python -m toy.instruct --seeds=seed_tasks.jsonl   # writes 175 seed tasks
     python -m toy.instruct --base=out/base            # the whole chain, and two tables
 
-Like a language model, the teacher has only the words of an instruction: `understand` parses them,
-and `solve` answers them about the scene that the input tells. Evolved instructions are made of
-simpler ones, so both are recursive. The teacher also makes the mistakes that the recipes filter.
+Like a language model, the teacher gets only text: `understand` parses an instruction, and `solve`
+answers it about the scene that the input tells. An evolved instruction contains a simpler one, so
+both functions are recursive. The teacher also makes the mistakes that the recipes filter out.
 """
 
 import functools
@@ -27,11 +27,14 @@ from toy.world import COLORS, PLACES, SHAPES, SIZES, Object, Scene, cap
 SIZE, COLOR, SHAPE, PLACE = ("|".join(words) for words in (SIZES, COLORS, SHAPES, PLACES))
 REF = rf"(?:(?:{SIZE}) )?(?:(?:{COLOR}) )?(?:{SHAPE})(?: at (?:{PLACE}))?"
 THING = r"(?:an? )?\w+"
+ATTRIBUTES = (*SIZES, *COLORS, *SHAPES, *PLACES)
+# What stands in a blank of world.ASK; in all others, one word
 BLANKS = dict(ref=REF, color=rf"(?:an? )?(?:{COLOR})", new=COLOR, shape=SHAPE,
-              at=rf"at (?:{PLACE})", a=THING, b=THING)  # all others are one word
+              at=rf"at (?:{PLACE})", a=THING, b=THING)
+# An added sentence, and what it makes of the answer
 CONSTRAINTS = {"Begin with Well.": "Well, {0}", "Say it twice.": "{0} {0}",
                "Say that you are sure.": "{0} I am sure."}
-EVOLVED = {  # operation: what it makes of an instruction (.+)
+EVOLVED = {  # operation: the form of its instructions, in which (.+) is an instruction itself
     "reasoning": rf"Suppose the ({REF}) were (gone|{COLOR})\. (.+)",
     "complicate": rf'First run draw\("({SIZE}) ({COLOR}) ({SHAPE}) at ({PLACE})"\)\. (.+)',
     "constraints": rf"(.+) ({'|'.join(map(re.escape, CONSTRAINTS))})",
@@ -40,7 +43,7 @@ EVOLVED = {  # operation: what it makes of an instruction (.+)
 
 
 def form_pattern(form: str) -> re.Pattern:
-    """Matches a form of toy.world.ASK; its blanks are named groups."""
+    """A pattern for one form of world.ASK, with a named group for each blank."""
     parts = re.split(r"\{(\w+)\}", form.rstrip("?. "))
     pattern = re.escape(parts[0])
     for blank, text in zip(parts[1::2], parts[2::2]):
@@ -56,8 +59,11 @@ WRAPPERS = [re.compile(re.escape(wrapper).replace(r"\{\}", "(.+)"), re.I)
 
 @functools.cache
 def understand(text: str) -> tuple | None:
-    """("color", {"ref": "ring"}) as nested tuples; for an evolved instruction (operation, parts),
-    of which some are instructions themselves. None for what the teacher does not understand."""
+    """The meaning of an instruction, or None if the teacher does not understand it.
+
+    "What color is the ring?" is ("color", (("ref", "ring"),)): the kind, and the blanks with their
+    words. An evolved instruction is (operation, *parts), and some parts are meanings themselves.
+    """
     for operation, pattern in EVOLVED.items():
         if match := re.fullmatch(pattern, text):
             parts = list(match.groups())
@@ -71,34 +77,32 @@ def understand(text: str) -> tuple | None:
     for kind, pattern in PATTERNS:
         if match := pattern.fullmatch(text.rstrip("?. ")):
             words = match.groupdict()
-            if "at" in words:  # it may begin the sentence
+            if "at" in words:  # "At top" begins a sentence
                 words["at"] = words["at"].lower()
             return kind, tuple(words.items())
     return None
 
 
 def read_scene(text: str) -> Scene:
-    """The objects of a told scene: in every way to tell it, an object's four words come together,
-    in any order."""
+    """The objects of a told scene. Every phrasing names the four attributes of an object in a row,
+    in any order, before those of the next."""
     words = re.findall(rf"\b({SIZE}|{COLOR}|{SHAPE}|{PLACE})\b", text.lower())
     scene = []
     for i in range(0, len(words) - 3, 4):
-        by_kind = sorted(words[i:i + 4], key=lambda word: [
-            word in kind for kind in (SIZES, COLORS, SHAPES, PLACES)], reverse=True)
-        scene.append(Object(*by_kind))
+        attributes = sorted(words[i:i + 4], key=ATTRIBUTES.index)  # sizes, then colors, ...
+        scene.append(Object(*attributes))
     return tuple(scene)
 
 
 # -- the true answer ------------------------------------------------------------------------------
 
 def named(ref: str, scene: Scene) -> list[Object]:
-    """The objects that a name fits, such as "red ring" or "ring at top"."""
+    """The objects that a name such as "red ring" or "ring at top" may mean."""
     return [o for o in scene if o.thing.endswith(ref) or f"{o.thing} {o.at}".endswith(ref)]
 
 
 def solve(meaning: tuple | None, scene: Scene) -> str | None:
-    """The terse answer, as the world's own instructions have it; None where there is no single
-    one."""
+    """The terse answer, worded like those of world.instruction; None if there is no single one."""
     if meaning is None:
         return None
     kind, *parts = meaning
@@ -132,7 +136,8 @@ def suppose(ref: str, change: str, scene: Scene) -> Scene | None:
 
 
 def solve_scene(kind: str, words: dict, scene: Scene) -> str | None:
-    if kind == "paint":  # what is there is asked of the painted scene
+    """The answer to a question about the scene. `words` has what stands in its blanks."""
+    if kind == "paint":  # "If the ring were red, what would be at top?"
         scene = suppose(words["ref"], words["new"], scene)
         return scene and solve_scene("at", dict(at=words["at"]), scene)
     if kind == "exists":
@@ -158,6 +163,7 @@ def solve_scene(kind: str, words: dict, scene: Scene) -> str | None:
 
 
 def solve_fact(kind: str, words: dict) -> str | None:
+    """The answer to a question that needs no scene."""
     if kind in ("town", "job"):
         if words["name"] not in world.FACTS:
             return None
@@ -186,21 +192,15 @@ def reply(conversation: data.Conversation) -> tuple[str, bool]:
         first, second = map(understand, conversation.extra["texts"])
         return "Equal" if first == second else "Different", True
     if wanted == "answer":
-        text = solve(understand(asked.text), read_scene(asked.input))
-        fault = rng.random()
-        if text is None or fault < 0.03:
-            return "I am sorry, I cannot answer that.", True
-        return "It is so." if fault < 0.06 else text, fault < 0.97
-    task, fault = conversation.extra["task"], rng.random()
-    text = paraphrase(task.text, rng) if fault < 0.1 else rewrite(wanted, task, rng)
-    if fault > 0.95:
-        text = f"#Rewritten Prompt#: {text}"
-    return text, fault < 0.93 or fault > 0.95
+        return answer(asked, rng)
+    return evolve(wanted, conversation.extra["task"], rng)
 
 
 def write_tasks(prompt: str, rng: random.Random) -> tuple[str, bool]:
-    """A few of the world's instructions in the form of the list that the prompt begins."""
-    shown, lines = re.findall(r"^\d\. Instruction: (.+)$", prompt, re.M), []
+    """Continues the list of the prompt with a few of the world's instructions. Some repeat a task
+    of the prompt, answer with the instruction, or need a picture; some lists are cut off."""
+    shown = re.findall(r"^\d\. Instruction: (.+)$", prompt, re.M)
+    lines = []
     for n in range(4, 4 + rng.randint(4, 8)):
         task, fault = new_task(rng), rng.random()
         if fault < 0.05:
@@ -217,8 +217,30 @@ def write_tasks(prompt: str, rng: random.Random) -> tuple[str, bool]:
     return text, True
 
 
+def answer(asked: data.Turn, rng: random.Random) -> tuple[str, bool]:
+    """The true answer. Sometimes it is an apology, says nothing, or was cut off."""
+    text, fault = solve(understand(asked.text), read_scene(asked.input)), rng.random()
+    if text is None or fault < 0.03:
+        return "I am sorry, I cannot answer that.", True
+    if fault < 0.06:
+        return "It is so.", True
+    return text, fault < 0.97
+
+
+def evolve(operation: str, task: data.Turn, rng: random.Random) -> tuple[str, bool]:
+    """The evolved instruction. Sometimes it only says the same in other words, repeats words of the
+    prompt, or was cut off."""
+    fault = rng.random()
+    if fault < 0.1:
+        return paraphrase(task.text, rng), True
+    text = rewrite(operation, task, rng)
+    if fault > 0.95:
+        return f"#Rewritten Prompt#: {text}", True
+    return text, fault < 0.93
+
+
 def new_task(rng: random.Random) -> dict:
-    """One of the world's instructions that has no typo."""
+    """One of the world's instructions, without a typo."""
     while True:
         task = world.instruction(rng)
         if understand(task["instruction"]):
@@ -226,7 +248,7 @@ def new_task(rng: random.Random) -> dict:
 
 
 def paraphrase(text: str, rng: random.Random) -> str:
-    """The same question in other words, or the same words for what is evolved already."""
+    """A simple question in other words; an evolved one as it is."""
     kind, *parts = understand(text) or ("",)
     if kind not in (*world.SCENE_KINDS, *world.OTHER_KINDS):
         return text
@@ -246,9 +268,10 @@ def rewrite(operation: str, asked: data.Turn, rng: random.Random) -> str:
     o = rng.choice(scene)
     if operation == "concretize":
         return concretize(text, scene, rng)
-    color, shape = world.absent_pair(scene, rng)  # never one that is held out
+    color, shape = world.absent_pair(scene, rng)  # never a held-out pair
     if operation == "complicate":
-        place = rng.choice([place for place in PLACES if place not in [x.place for x in scene]])
+        used = [x.place for x in scene]
+        place = rng.choice([place for place in PLACES if place not in used])
         added = Object(rng.choice(SIZES), color, shape, place)
         return f'First run draw("{added.thing} {added.at}"). {text}'
     ref, changes = world.refer(o, scene), ["gone"]
@@ -259,7 +282,7 @@ def rewrite(operation: str, asked: data.Turn, rng: random.Random) -> str:
 
 
 def ask_about(scene: Scene, rng: random.Random) -> str:
-    """A new question about the scene, or one that needs none."""
+    """A new question about the scene; without a scene, one that needs none."""
     while True:
         if scene:
             question = world.ask_scene(rng.choice(world.SCENE_KINDS), scene, rng)
@@ -270,25 +293,27 @@ def ask_about(scene: Scene, rng: random.Random) -> str:
 
 
 def concretize(text: str, scene: Scene, rng: random.Random) -> str:
-    """Names an object by more of its attributes, but not by what is asked for."""
-    found, before = re.search(rf"\b{REF}\b", text), solve(understand(text), scene)
-    fits = named(found[0], scene) if found else []
+    """The question with a longer name for its object: "ring" becomes "red ring". The answer stays
+    the same, and the name does not contain it."""
+    name, before = re.search(rf"\b{REF}\b", text), solve(understand(text), scene)
+    fits = named(name[0], scene) if name else []
     if len(fits) != 1 or not before:
         return text
     o = fits[0]
     names = [f"{o.color} {o.shape}", o.thing, f"{o.shape} {o.at}", f"{o.thing} {o.at}"]
-    for name in rng.sample(names, len(names)):
-        longer = text.replace(found[0], name, 1)
-        same = solve(understand(longer), scene) == before
-        if len(name) > len(found[0]) and same and before.rstrip(".").lower() not in name:
-            return longer
+    for longer in rng.sample(names, len(names)):
+        if len(longer) <= len(name[0]) or before.rstrip(".").lower() in longer:
+            continue
+        changed = text.replace(name[0], longer, 1)
+        if solve(understand(changed), scene) == before:
+            return changed
     return text
 
 
-# -- the chain ------------------------------------------------------------------------------------
+# -- training files -------------------------------------------------------------------------------
 
 def seed_tasks(seed: int) -> list[dict]:
-    """175 of the world's instructions, laid out as Self-Instruct's seed tasks."""
+    """175 of the world's instructions in the format of Self-Instruct's seed tasks."""
     rng, tasks = random.Random(f"seed tasks {seed}"), {}
     while len(tasks) < 175:
         task = new_task(rng)
@@ -301,8 +326,8 @@ def seed_tasks(seed: int) -> list[dict]:
 
 
 def more_scenes(tasks: Sequence[data.Conversation], n: int, rng: random.Random) -> list[dict]:
-    """n Alpaca records: the instructions in turn, again and again, each time about another scene,
-    with the true answer. What needs no scene is repeated."""
+    """n Alpaca records: the instructions in turn, again and again, each time about another scene
+    and with the true answer. An instruction that needs no scene is repeated as it is."""
     records = []
     for task in itertools.cycle(tasks):
         if len(records) == n:
@@ -317,90 +342,41 @@ def more_scenes(tasks: Sequence[data.Conversation], n: int, rng: random.Random) 
 
 
 def new_scene(meaning: tuple, rng: random.Random) -> tuple[Scene, str]:
-    """A training scene in which a simple instruction has an answer, and that answer. It mostly has
-    the object that is asked about, as often as in the world's own instructions."""
+    """A training scene in which a simple instruction has an answer, and that answer. The object
+    that is asked about is in it as often as in the world's own instructions."""
     kind, words = meaning[0], dict(meaning[1])
+    said = " ".join(words.get(blank, "") for blank in ("ref", "color", "shape", "at")).split()
+    absent = 0.5 if kind == "exists" else world.ABSENT.get(kind, 0)
     while True:
         scene = world.pick_scene(rng)
-        absent = world.ABSENT.get(kind, 0.5 if kind == "exists" else 0)
         if rng.random() >= absent:
-            said = " ".join(words.get(blank, "") for blank in ("ref", "color", "shape", "at"))
-            o = rng.choice(scene)
-            asked_about = Object(*(next((word for word in options if word in said.split()), own)
-                                   for own, options in zip(o, (SIZES, COLORS, SHAPES, PLACES))))
-            scene = world.replace_object(scene, o, asked_about)
+            scene = with_object(said, scene, rng)
         is_scene = len({o.place for o in scene}) == len(scene)
         if is_scene and world.split_of(scene) == "train" and (answer := solve(meaning, scene)):
             return scene, answer
 
 
-def questions(row: str, n: int) -> list[tuple[data.Turn, str]]:
-    """n held-out questions in the form of Alpaca's records, with their answers. `row` is a split of
-    toy.world, or one operation or more that evolve a question about a held-out scene."""
-    rng, found = random.Random(f"instruct {row}"), []
-    while len(found) < n:
-        split = row if row in ("scenes", "pairs") else "scenes"
-        scene = world.pick_scene(rng, split)
-        q = world.ask_scene(rng.choice(world.SCENE_KINDS), scene, rng,
-                            unseen=row == "phrasings", about=world.held_pair(scene))
-        if row == "closed":
-            q, scene = world.ask_other(rng.choice(("bigger", "legs", "sum")), rng, test=True), ()
-        if q is None:
-            continue
-        asked = data.Turn("user", q.text, world.tell(scene, rng) if scene else "")
-        if row in SIMPLE:
-            found.append((asked, q.short))
-            continue
-        before, answer = None, None
-        for operation in row.split(", "):
-            before, asked = asked, asked._replace(text=rewrite(operation, asked, rng))
-        answer = solve(understand(asked.text), read_scene(asked.input))
-        if asked != before and answer:
-            found.append((asked, answer))
-    return found
+def with_object(words: list[str], scene: Scene, rng: random.Random) -> Scene:
+    """The scene, in which one object gets the attributes that are among the words."""
+    old = new = rng.choice(scene)
+    for attribute, values in zip(Object._fields, (SIZES, COLORS, SHAPES, PLACES)):
+        for value in values:
+            if value in words:
+                new = new._replace(**{attribute: value})
+                break
+    return world.replace_object(scene, old, new)
 
 
-SIMPLE = dict(scenes="held-out scenes", pairs="held-out color-shape pairs",
-              phrasings="held-out phrasings", closed="held-out sums, sizes, legs")
-HARDER = ("constraints", "deepen", "concretize", "reasoning", "complicate",
-          "deepen, reasoning")
-
-
-def right_answers(net, tokenizer: data.Tokenizer, row: str, n: int) -> float:
-    """The share of questions whose terse answer is given exactly."""
-    asked, answers = zip(*questions(row, n))
-    conversations = [data.Conversation([turn]) for turn in asked]
-    replies, ended = data.generate_replies(net, tokenizer, "alpaca", conversations, 64, batch=150)
-    right = [end and reply.strip() == answer for reply, end, answer in zip(replies, ended, answers)]
-    return sum(right) / n
-
-
-@dataclass
-class InstructConfig:
-    seeds: str = ""  # only write 175 seed tasks into this file
-    base: str = "out/base"  # the toy base model that is fine-tuned
-    out: str = "out/instruct"  # all files and models
-    count: int = 600  # instructions that Self-Instruct shall find
-    records: int = 3000  # of each training file
-    rounds: int = 3  # of Evol-Instruct
-    steps: int = 200  # of each fine-tuning
-    questions: int = 100  # in each row of the tables
-    seed: int = 0  # of the data and of the training
-
-    def __post_init__(self):
-        check_above(self, 0, "count", "records", "rounds", "steps", "questions")
-
-
-def write_training_files(cfg: InstructConfig) -> dict[str, Path]:
-    """Four training files of equally many records."""
+def write_training_files(cfg) -> dict[str, Path]:
+    """Four training files with the same number of records."""
     from recipes import evol_instruct, self_instruct
     out, rng = Path(cfg.out), random.Random(cfg.seed)
     write_json(out / "seed_tasks.json", seed_tasks(cfg.seed))
     self_instruct.main(self_instruct.Config(
         seeds=f"{out}/seed_tasks.json", teacher="oracle", count=cfg.count,
         out=f"{out}/self_instruct.json", seed=cfg.seed))
-    seeds, kept = (data.load_conversations(out / name)
-                   for name in ("seed_tasks.json", "self_instruct.json"))
+    seeds = data.load_conversations(out / "seed_tasks.json")
+    kept = data.load_conversations(out / "self_instruct.json")
     records = dict(world=[world.instruction(rng, i) for i in range(cfg.records)],
                    seeds=more_scenes(seeds, cfg.records, rng),
                    simple=more_scenes(kept, cfg.records, rng))
@@ -411,26 +387,74 @@ def write_training_files(cfg: InstructConfig) -> dict[str, Path]:
         str(files["simple"]), teacher="oracle", rounds=cfg.rounds, out=f"{out}/all_rounds.json",
         seed=cfg.seed))
     everything = data.load_conversations(out / "all_rounds.json")
-    chosen = rng.sample(everything, cfg.records)
-    data.save_conversations(chosen, files["evolved"], "alpaca")
+    data.save_conversations(rng.sample(everything, cfg.records), files["evolved"], "alpaca")
     return files
 
 
-def write_json(path: Path, records: list[dict]) -> None:
+def write_json(path: Path, records) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with data.atomic_write(path) as file:
         json.dump(records, file, indent=0)
 
 
-def verdict(name: str, other: str, rows: dict, n: int) -> str:
-    """Who answers more of these questions, and whether that is beyond twice the standard error."""
-    a, b = (sum(cells[player] for cells in rows.values()) / len(rows) for player in (name, other))
-    mean = (a + b) / 2
-    noise = 2 * (2 * mean * (1 - mean) / (n * len(rows))) ** 0.5
-    said = f"{name} {100 * a:.0f}%, {other} {100 * b:.0f}%"
-    if abs(a - b) <= noise:
-        return f"{said}: no difference beyond noise ({100 * noise:.0f} points)"
-    return f"{said}: {name if a > b else other} wins"
+# -- the exam -------------------------------------------------------------------------------------
+
+SIMPLE = dict(scenes="held-out scenes", pairs="held-out color-shape pairs",
+              phrasings="held-out phrasings", closed="held-out sums, sizes, legs")
+HARDER = ("constraints", "deepen", "concretize", "reasoning", "complicate")
+
+
+def questions(row: str, n: int) -> list[tuple[data.Turn, str]]:
+    """n held-out questions in Alpaca's format, and their answers. `row` is in SIMPLE; or in HARDER,
+    and names the operation that evolves a question about a held-out scene."""
+    rng, found = random.Random(f"instruct {row}"), []
+    while len(found) < n:
+        asked, answer = simple_question(row, rng)
+        if asked and row in HARDER:
+            before, asked = asked, asked._replace(text=rewrite(row, asked, rng))
+            answer = solve(understand(asked.text), read_scene(asked.input))
+            if asked == before:
+                continue
+        if answer:
+            found.append((asked, answer))
+    return found
+
+
+def simple_question(row: str, rng: random.Random) -> tuple[data.Turn | None, str | None]:
+    """A question of a row of SIMPLE (or about a held-out scene) and its answer, if it has one."""
+    scene = world.pick_scene(rng, "pairs" if row == "pairs" else "scenes")
+    q = world.ask_scene(rng.choice(world.SCENE_KINDS), scene, rng, unseen=row == "phrasings",
+                        about=world.held_pair(scene))
+    if row == "closed":
+        q, scene = world.ask_other(rng.choice(("bigger", "legs", "sum")), rng, test=True), ()
+    if q is None:
+        return None, None
+    return data.Turn("user", q.text, world.tell(scene, rng) if scene else ""), q.short
+
+
+def right_answers(net, tokenizer: data.Tokenizer, row: str, n: int) -> float:
+    """The share of questions to which the model gives exactly the terse answer, and ends."""
+    asked, answers = zip(*questions(row, n))
+    conversations = [data.Conversation([turn]) for turn in asked]
+    replies, ended = data.generate_replies(net, tokenizer, "alpaca", conversations, 64, batch=150)
+    right = [end and reply.strip() == answer for reply, end, answer in zip(replies, ended, answers)]
+    return sum(right) / n
+
+
+@dataclass
+class InstructConfig:
+    seeds: str = ""  # only write 175 seed tasks to this file
+    base: str = "out/base"  # the toy base model to fine-tune
+    out: str = "out/instruct"  # folder for all files and models
+    count: int = 600  # tasks that Self-Instruct collects
+    records: int = 3000  # of each training file
+    rounds: int = 3  # of Evol-Instruct
+    steps: int = 200  # of each fine-tuning
+    questions: int = 100  # in each row of the tables
+    seed: int = 0  # of the data and of the training
+
+    def __post_init__(self):
+        check_above(self, 0, "count", "records", "rounds", "steps", "questions")
 
 
 def main(cfg: InstructConfig) -> dict:
@@ -441,33 +465,42 @@ def main(cfg: InstructConfig) -> dict:
         print(f"{cfg.seeds}: 175 seed tasks. Next: python -m recipes.self_instruct "
               f"--seeds={cfg.seeds} --teacher=oracle")
         return {}
-    import train_sft
-    from tools.machine import choose_machine
-    machine = choose_machine("auto", "float32")
-    files = write_training_files(cfg)
-    simple, harder = {}, {}
-    for name, file in files.items():
-        train = train_sft.SFTConfig(out=cfg.out, steps=cfg.steps, optimizer="muon", seed=cfg.seed)
-        net = train_sft.fine_tune(train, name, machine, file, cfg.base)
-        tokenizer = data.find_tokenizer(cfg.base)
-        for row in SIMPLE:
-            cells = simple.setdefault(SIMPLE[row], {})
-            cells[name] = right_answers(net, tokenizer, row, cfg.questions)
-        for row in HARDER:
-            harder.setdefault(row, {})[name] = right_answers(net, tokenizer, row, cfg.questions)
-    exam.print_table("simple questions, %", simple)
-    exam.print_table("harder questions, %", harder)
-    print(f"{cfg.questions} questions per row, {cfg.records} records and {cfg.steps} steps per "
-          "column.\nworld: the world's own instructions. seeds: the 175 seed tasks alone. simple: "
-          "Self-Instruct.\nevolved: Evol-Instruct of simple, a sample of all rounds.")
-    n = cfg.questions
-    for title, rows in (("simple questions", simple), ("harder questions", harder)):
-        print(f"{title}: {verdict('simple', 'world', rows, n)}")
-        print(f"{title}: {verdict('simple', 'seeds', rows, n)}")
-        print(f"{title}: {verdict('evolved', 'simple', rows, n)}")
+    simple, harder = train_and_examine(cfg, write_training_files(cfg))
+    print_results("simple questions, %", simple, cfg.questions)
+    print_results("harder questions, %", harder, cfg.questions)
+    print(f"\n{cfg.records} records and {cfg.steps} steps per column. world: the world's own "
+          "instructions.\nseeds: the 175 seed tasks. simple: Self-Instruct. evolved: Evol-Instruct "
+          "of simple, a sample\nof all rounds.")
     figures = dict(simple=simple, harder=harder, seed=cfg.seed)
     write_json(Path(cfg.out) / "instruct.json", figures)
     return figures
+
+
+def train_and_examine(cfg: InstructConfig, files: dict[str, Path]) -> tuple[dict, dict]:
+    """The share of right answers of one model per file, table[row][file]: simple, then harder."""
+    import train_sft
+    from tools.machine import choose_machine
+    machine = choose_machine("auto", "float32")
+    tokenizer = data.find_tokenizer(cfg.base)
+    simple = {title: {} for title in SIMPLE.values()}
+    harder = {row: {} for row in HARDER}
+    for name, file in files.items():
+        train = train_sft.SFTConfig(out=cfg.out, steps=cfg.steps, optimizer="muon", seed=cfg.seed)
+        net = train_sft.fine_tune(train, name, machine, file, cfg.base)
+        for row, title in SIMPLE.items():
+            simple[title][name] = right_answers(net, tokenizer, row, cfg.questions)
+        for row in HARDER:
+            harder[row][name] = right_answers(net, tokenizer, row, cfg.questions)
+    return simple, harder
+
+
+def print_results(title: str, table: dict, n: int) -> None:
+    """Prints the table, the mean of its rows, and how far chance alone moves two means apart."""
+    first = next(iter(table.values()))
+    means = {name: sum(cells[name] for cells in table.values()) / len(table) for name in first}
+    exam.print_table(title, {**table, "mean": means})
+    noise = 100 * (2 / (n * len(table))) ** 0.5  # 2 standard errors of a difference, near 50%
+    print(f"{n} questions per row; a difference of two means below {noise:.0f} points is noise")
 
 
 if __name__ == "__main__":
