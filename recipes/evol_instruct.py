@@ -202,7 +202,7 @@ def with_answers(children: Children, ask: Ask, report: data.Report) -> Children:
 
 @dataclass
 class Config:
-    file: str  # Alpaca: the instructions to begin with
+    file: str  # the instructions to begin with, in Alpaca's format
     teacher: str = ""  # who evolves and answers: MODEL@URL, a checkpoint, or oracle (for toy tasks)
     rounds: int = 4  # how many times the pool evolves
     out: str = "evolved.json"  # FILE's tasks and all rounds; beside it a report and the replies
