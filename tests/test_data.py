@@ -512,7 +512,7 @@ def test_show(tmp_path, tokenizer, capsys):
 
 def test_data_as_a_script(tmp_path, tokenizer):
     """`python data.py` is the module __main__, and tools/show.py imports the same file again as
-    data, so each class exists twice. A UserError of its own kind would end in a traceback."""
+    data, so each of its classes exists twice. A UserError among them would not be caught."""
     def run(*options) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, data.__file__, *options], cwd=tmp_path,
                               capture_output=True, encoding="utf-8")

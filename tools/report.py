@@ -240,8 +240,8 @@ def findings(b: dict) -> list[dict]:
         figure = b[key]
         if figure and figure["n_decided"]:
             share, decided = f"{100 * figure['all']:.0f}%", f"{100 * figure['decided']:.0f}%"
-            why = (f"chance: 33%; without ties, {decided} of {figure['n_decided']}, "
-                   "chance: 50%")
+            why = (f"33% would be chance; without ties {decided} of {figure['n_decided']}, "
+                   "where 50% would be chance")
             found.append(dict(verdict=f"{who} on {share} of {figure['n']} verdicts", why=why,
                               biased=None))
     return [finding for finding in found if finding]

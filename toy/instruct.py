@@ -275,10 +275,12 @@ def rewrite(operation: str, asked: data.Turn, rng: random.Random) -> str:
         added = Object(rng.choice(SIZES), color, shape, place)
         return f'First run draw("{added.thing} {added.at}"). {text}'
     ref, changes = world.refer(o, scene), ["gone"]
+    if not ref:
+        return text
     for color in COLORS:
         if color != o.color and (color, o.shape) not in world.HELD_PAIRS:
             changes.append(color)
-    return f"Suppose the {ref} were {rng.choice(changes)}. {text}" if ref else text
+    return f"Suppose the {ref} were {rng.choice(changes)}. {text}"
 
 
 def ask_about(scene: Scene, rng: random.Random) -> str:
@@ -295,17 +297,17 @@ def ask_about(scene: Scene, rng: random.Random) -> str:
 def concretize(text: str, scene: Scene, rng: random.Random) -> str:
     """The question with a longer name for its object: "ring" becomes "red ring". The answer stays
     the same, and the name does not contain it."""
-    name, before = re.search(rf"\b{REF}\b", text), solve(understand(text), scene)
-    fits = named(name[0], scene) if name else []
-    if len(fits) != 1 or not before:
+    match, answer = re.search(rf"\b{REF}\b", text), solve(understand(text), scene)
+    fits = named(match[0], scene) if match else []
+    if len(fits) != 1 or not answer:
         return text
-    o = fits[0]
+    name, o = match[0], fits[0]
     names = [f"{o.color} {o.shape}", o.thing, f"{o.shape} {o.at}", f"{o.thing} {o.at}"]
     for longer in rng.sample(names, len(names)):
-        if len(longer) <= len(name[0]) or before.rstrip(".").lower() in longer:
+        if len(longer) <= len(name) or answer.rstrip(".").lower() in longer:
             continue
-        changed = text.replace(name[0], longer, 1)
-        if solve(understand(changed), scene) == before:
+        changed = text.replace(name, longer, 1)
+        if solve(understand(changed), scene) == answer:
             return changed
     return text
 
