@@ -39,6 +39,8 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path)
         mmap = zipfile.is_zipfile(path)  # not before torch 1.6
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise  # it names the file
     except ImportError:
         raise UserError(f"{path} needs a library: pip install safetensors") from None
     except Exception as error:  # a damaged file raises almost anything
