@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -551,6 +552,8 @@ def test_chips(tokenizer):
     assert "↵\n" in [chip.text for chip in chips]
     colored = show.print_chips(chips, colored=True)
     assert "\033[97;48;5;22m" in colored and "\033[97;48;5;28m" in colored and "[[" not in colored
+    first = [show.Chip("a", True, 0.5), show.Chip("b", False, math.nan)]
+    assert show.print_chips(first, colored=False) == "[[a(0.50)]]|b"
 
 
 def test_the_page_of_chips(tmp_path):

@@ -133,19 +133,20 @@ def spell_one(tokenizer: Tokenizer, token: int) -> str:
 def print_chips(chips: Sequence[Chip], colored: bool) -> str:
     """Chips in alternating shades of gray and green for a terminal. Elsewhere | is between tokens,
     and [[ ]] around those that are supervised."""
-    out = []
-    for i, chip in enumerate(chips):
-        text = chip.text if math.isnan(chip.loss) else f"{chip.text}({chip.loss:.2f})"
-        if colored:
+    texts = []
+    for chip in chips:
+        texts.append(chip.text if math.isnan(chip.loss) else f"{chip.text}({chip.loss:.2f})")
+    if colored:
+        out = ""
+        for i, (chip, text) in enumerate(zip(chips, texts)):
             shade = (22, 28)[i % 2] if chip.supervised else (236, 240)[i % 2]  # of 256 colors
-            out.append(f"\033[97;48;5;{shade}m{text}\033[0m")
-            continue
-        before = "|" if i else ""
-        if chip.supervised and not chips[i - 1].supervised:
-            before += "[["
-        ends = chip.supervised and (i + 1 == len(chips) or not chips[i + 1].supervised)
-        out.append(before + text + ("]]" if ends else ""))
-    return "".join(out)
+            out += f"\033[97;48;5;{shade}m{text}\033[0m"
+        return out
+    groups = []
+    for supervised, group in itertools.groupby(zip(chips, texts), lambda pair: pair[0].supervised):
+        joined = "|".join(text for _, text in group)
+        groups.append(f"[[{joined}]]" if supervised else joined)
+    return "|".join(groups)
 
 
 CHIP_STYLE = """body { font: 15px/2 monospace; max-width: 60em; margin: 2em auto; padding: 0 1em }
