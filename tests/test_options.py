@@ -462,8 +462,8 @@ def spy_on_exam(record: Record) -> None:
 
 
 SCRIPTS["exam"] = Script(exam.ExamConfig, exam.main, {
-    "exam": dict(ckpt=str(MICRO), questions=1), "probe": dict(probe=True),
-}, dict(ckpt="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
+    "exam": dict(ckpts=str(MICRO), questions=1), "probe": dict(probe=True),
+}, dict(ckpts="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
 
 
 def spy_on_instruct(record: Record) -> None:
