@@ -488,6 +488,9 @@ class ClaimsConfig:
         elif self.name not in CLAIMS:
             hint = suggest(self.name, CLAIMS, f"; choose from {', '.join(CLAIMS)}")
             raise UserError(f"unknown claim {self.name}{hint}")
+        if self.run != "out" and not (Path(self.run) / "base" / "latest").exists():
+            raise UserError(f"--run={self.run} has no base model; `python train_sft.py "
+                            f"--out={self.run}` trains one")
         self.out = self.out or ("out/claims/fast" if self.fast else "out/claims")
 
 

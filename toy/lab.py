@@ -232,8 +232,8 @@ class Lab:
         return dict(retrieved=right / n, questions=n)
 
     def ranked_facts(self, net) -> dict:
-        """The share in which the true town is the likeliest of eight after "NAME lives in": for people whom
-        fine-tuning does not mention ("ranked"), and for the others ("asked")."""
+        """The share of people whose true town is the likeliest of eight after "NAME lives in":
+        those whom fine-tuning does not mention ("ranked"), and those whom it does ("asked")."""
         file, right = self.out / "data" / "facts.jsonl", dict(asked=[], unasked=[])
         world.write_facts(file)
         for item in evaluate.read_items(file)[0]:
