@@ -373,8 +373,8 @@ def trained_share(net: model.LLaMA) -> float:
 
 
 def with_error(text: str, rng: random.Random) -> str:
-    """The text with another size, color, shape, place or number in place of the last one. It never
-    has a color and a shape that are held out as a pair."""
+    """The text with another size, color, shape, place or number instead of the last one. It names
+    no held-out pair that the text did not name."""
     kinds = (world.SIZES, world.COLORS, world.SHAPES, world.PLACES)
     words = "|".join(word for kind in kinds for word in kind)
     found = list(re.finditer(rf"\b(?:{words})\b|\d+", text))
@@ -387,12 +387,13 @@ def with_error(text: str, rng: random.Random) -> str:
         kind = next(kind for kind in kinds if last[0] in kind)
         others = [word for word in kind if word != last[0]]
     wrong = [text[:last.start()] + word + text[last.end():] for word in others]
-    return rng.choice([t for t in wrong if not has_held_pair(t)] or [text])
+    return rng.choice([t for t in wrong if held_pairs(t) <= held_pairs(text)])
 
 
-def has_held_pair(text: str) -> bool:
+def held_pairs(text: str) -> set[tuple[str, str]]:
+    """The held-out pairs whose color and shape are both in the text."""
     words = set(re.findall(r"\w+", text))
-    return any({color, shape} <= words for color, shape in world.HELD_PAIRS)
+    return {pair for pair in world.HELD_PAIRS if words.issuperset(pair)}
 
 
 # -- architectures --------------------------------------------------------------------------------
