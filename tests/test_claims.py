@@ -50,7 +50,7 @@ def test_the_list_and_the_docs_have_every_claim(capsys):
     printed = capsys.readouterr().out
     text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     for name, about in claims.CLAIMS.items():
-        assert about.says in printed and about.source in printed
+        assert about.says in printed and about.source.split(",")[0] in printed
         assert f"## {name}\n" in text and f"python -m toy.claims {name}" in text
 
 

@@ -218,6 +218,21 @@ def test_a_detour_separates_the_scene_from_its_question():
         assert not any(word in others.split() for word in (*world.PLACES, *world.SHAPES[:6]))
 
 
+def test_what_a_claim_changes_about_the_world():
+    """And what it leaves: without changes, the training files are the same as ever."""
+    for seed in range(40):
+        turns = world.conversation(random.Random(seed), one_round=True)["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"]
+        full, short = (world.converse(random.Random(seed), short=s) for s in (False, True))
+        said = [[text for role, text in item.turns if role == "user"] for item in (full, short)]
+        assert said[0] == said[1] and full.question == short.question
+    terse = json.dumps([world.conversation(random.Random(i), short=True) for i in range(40)])
+    assert '"Red."' in terse and "The ring is" not in terse
+    told = [world.scene_document(random.Random(1), n) for n in (1, 3)]
+    assert len(told[1]) > 1.1 * len(told[0])
+    assert world.document(random.Random(2)) == world.document(random.Random(2), 3)
+
+
 def test_batches_of_symbols_depend_on_seed_and_step_alone():
     """A run that resumes at step 5 must see the pictures that step 5 would have seen."""
     pick = pictures.symbol_batches(0, 16)

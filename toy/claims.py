@@ -14,6 +14,7 @@ the same command resumes. docs/claims.md has the results.
 import json
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -319,7 +320,7 @@ def evolved(lab: Lab, results: Results) -> None:
                         questions=n * len(simple))
 
 
-@claim(says="In-context retrieval hangs on the optimizer, the initialization and the documents",
+@claim(says="In-context retrieval depends on the optimizer, the initialization and the documents",
        source="ours: docs/toy.md, what it depends on",
        equal="steps and tokens of pre-training",
        control="one of the three is as usual: AdamW, normal weights, scenes told once",
@@ -496,7 +497,9 @@ class ClaimsConfig:
 
 def print_list() -> None:
     for name, about in CLAIMS.items():
-        print(f"{name:<11} {about.says}\n{'':<11} {about.source}; {about.minutes} minutes")
+        print(f"{name:<11} {about.says}")
+        for line in textwrap.wrap(f"{about.source}; {about.minutes} minutes", 84):
+            print(f"{'':<11}   {line}")
     print("\nMinutes for one seed on two cores, when out/ has the models of train_sft.py and "
           "train_vlm.py.")
 
