@@ -16,7 +16,7 @@ import train_vlm
 import vision
 from conftest import ROOT
 from tools import bench, checkpoint, machine
-from tools.config import UserError
+from tools.config import Stopped, UserError
 from toy import claims, instruct, lab, pictures, world
 
 MICRO = ROOT / "tests" / "micro"
@@ -146,7 +146,7 @@ def test_a_claim_resumes_and_trains_nothing_twice(run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_sft, "train", train)
     monkeypatch.setattr(lab.Lab, "examine", examine)
     cfg = claims.ClaimsConfig(name="sft", fast=True, run=str(run), out=str(tmp_path / "out"))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="the figures so far are in .*sft.json"):
         claims.main(cfg)
     figures = json.loads((tmp_path / "out" / "sft.json").read_text(encoding="utf-8"))
     assert list(figures["0"]) == ["1.1M few-shot", "1.1M fine-tuned"]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import data
 import vision
 from tools import bench, checkpoint, evaluate
-from tools.config import UserError, check_at_least, refuse_unused, run, suggest
+from tools.config import Stopped, UserError, check_at_least, refuse_unused, run, suggest
 from tools.machine import choose_machine
 from tools.run import lock
 from toy import exam, instruct
@@ -515,7 +515,11 @@ def main(cfg: ClaimsConfig) -> dict:
     with lock(out, machine):
         for seed in range(cfg.seeds):
             results = Results(out / f"{cfg.name}.json", seed)
-            about.measure(Lab(out, Path(cfg.run), seed, cfg.fast, machine), results)
+            lab = Lab(out, Path(cfg.run), seed, cfg.fast, machine)
+            try:
+                about.measure(lab, results)
+            except KeyboardInterrupt:
+                raise Stopped(f"the figures so far are in {results.file}") from None
             seeds.append(results.figures)
     return report(cfg.name, seeds, out)
 

@@ -158,17 +158,17 @@ class Lab:
         if loss_on == "everything":
             supervise_everything(rows)
         base = base or self.chain("base")
-        settings = dict(loss_on=loss_on, head_only=head_only)
+        depends_on = dict(loss_on=loss_on, head_only=head_only)
         if random_size:
             start = dict(shape=SIZES[random_size])
         elif head_only:
             start = dict(network=trainable(base, head_only=True), window=cfg.seq_len)
-            settings["base_crc"] = checkpoint.fingerprint(base)
+            depends_on["base_crc"] = checkpoint.fingerprint(base)
         else:
             start = dict(parent=base)
         return train_sft.run_stage(
             cfg, name, self.machine, rows, self.tokenizer, template, checkpoint.digest(file),
-            extra_settings=settings, **start)
+            extra_settings=depends_on, **start)
 
     def chat(self, steps: int, base: str = "", one_round: bool = False, short: bool = False,
              **changed) -> model.LLaMA:
@@ -244,9 +244,9 @@ class Lab:
                     asked=statistics.mean(right["asked"]), questions=len(right["unasked"]))
 
     def judged(self, name: str, both_orders: bool) -> dict:
-        """One of the oracles as judge of the chain, with a noisy player and a true one: the share
-        of its verdicts that are true; and of pairs that are equally right, how many more go to the
-        answer shown first than to the other."""
+        """An oracle judges the chain, a noisy player and a true one. "agrees": the share of its
+        verdicts that are true. "leans": of the pairs of equally right answers, the share that the
+        answer shown first wins, minus the share that it loses."""
         players = [self.chain("vicuna"), self.chain("alpaca"), "noisy", "oracle"]
         report = judge.main(judge.JudgeConfig(
             players=",".join(players), judge=name, swap=both_orders, out=str(self.out / "judge")))
@@ -259,12 +259,12 @@ class Lab:
     def judged_by_model(self, net, split: str, kinds: Sequence[str]) -> dict:
         """A small model as judge of a true and a wrong answer. It cannot write a review; it prefers
         the answer that it finds likelier per token."""
-        n, rng, right = self.sizes["questions"], random.Random(0), 0
-        items = []
+        n, rng, right, items = self.sizes["questions"], random.Random(0), 0, []
         for item in world.test_set(split, 8 * n):
-            if item.question.kind in kinds and "yesno" not in item.question.truth:
+            is_wanted = item.question.kind in kinds and "yesno" not in item.question.truth
+            if is_wanted and len(items) < n:
                 items.append(item)
-        for item in items[:n]:
+        for item in items:
             turns = [data.Turn(role, text) for role, text in item.turns]
             prompt = data.render(data.Conversation(turns), "vicuna_v1.1", self.tokenizer).tokens
             answers = [item.question.full, with_error(item.question.full, rng)]
@@ -272,8 +272,7 @@ class Lab:
             lengths = torch.tensor([len(answer) for _, answer in rows])
             true, wrong = evaluate.log_likelihoods(net, rows) / lengths
             right += int(true > wrong)
-        asked = min(n, len(items))
-        return dict(agrees=right / asked, questions=asked)
+        return dict(agrees=right / len(items), questions=len(items))
 
     # -- seeing -----------------------------------------------------------------------------------
 
