@@ -327,6 +327,8 @@ def test_stages_with_another_architecture(small_lab, encoder, monkeypatch):
     assert small_lab.train_minigpt4("tuned", lab.TunedQFormer) == dict(fails=1)
     assert not torch.equal(nets[-1]["qformer.query_tokens"], eyes.qformer.query_tokens)
     assert torch.equal(nets[-1]["vit.cls_token"], eyes.vit.cls_token)
+    small_lab.train_minigpt4("three", lab.ThreeLayers)
+    assert nets[-1]["llama_proj.0.weight"].any(), "between layers of zeros nothing is learned"
     small_lab.train_minigpt4("linear", vision.MiniGPT4)
     shutil.copytree(small_lab.out / "linear-1", small_lab.sight / "align")
     for stage, steps in (("2", 0), ("2", 500), ("1", 500)):

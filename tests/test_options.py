@@ -457,7 +457,7 @@ SCRIPTS["evaluate"] = Script(evaluate.EvaluateConfig, evaluate.main, {
 def spy_on_exam(record: Record) -> None:
     record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
     record.patch.setattr(exam, "ALL_ROWS", exam.SHORT_ROWS)
-    record.spy(checkpoint, "load", lambda *args, **options: (args, options))
+    record.spy(vision, "load", lambda *args, **options: (args, options))
     record.spy(probe, "probe", instead=lambda out, n: {})
 
 
