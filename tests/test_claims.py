@@ -252,10 +252,15 @@ def test_head_only_changes_the_head_only(small_lab):
     assert all(torch.equal(w, trained[name]) for name, w in loaded.items())
 
 
-def test_other_seeds_take_nothing_of_the_run(small_lab, tmp_path):
+def test_each_seed_takes_its_own_chain(small_lab, tmp_path):
+    """With the base of seed 0, three seeds would be three times the same experiment."""
     assert small_lab.chain("base") == str(small_lab.run / "base")
+    assert small_lab.is_taken("vicuna") and not small_lab.is_taken("minigpt4")
     other = lab.Lab(tmp_path / "out", small_lab.run, 1, True, small_lab.machine)
-    assert not other.is_taken() and not small_lab.is_taken("minigpt4")
+    assert not other.is_taken()
+    shutil.copytree(small_lab.run / "base", small_lab.run / "seed1" / "base")
+    assert other.chain("base") == str(small_lab.run / "seed1" / "base")
+    assert other.out != small_lab.out
 
 
 def test_an_error_is_an_error():

@@ -35,14 +35,15 @@ from toy.lab import (
     ThreeLayers,
     TunedQFormer,
     WithoutQFormer,
+    chain_folder,
     trainable,
     trained_share,
 )
 
 
 class More(NamedTuple):
-    """One of a claim's comparisons: a figure of `high` exceeds that of `low` by more than `by`, in
-    points of a percent. With a negative `by`, `high` may be a little worse."""
+    """One of a claim's comparisons: a figure of `high` exceeds that of `low` by more than `by`
+    percentage points. With a negative `by`, `high` may be a little worse."""
     high: str
     low: str
     by: float = 0.0
@@ -197,7 +198,7 @@ def llama(lab: Lab, results: Results) -> None:
 @claim(says="LoRA reaches the gain of full fine-tuning with a few per cent of the parameters",
        source="LoRA (2106.09685); Alpaca-LoRA",
        equal="data, steps and optimizer (AdamW); few parameters get ten times the learning rate",
-       control="only the output matrix is trained, which has more parameters than rank 16",
+       control="only the output matrix is trained: three times the parameters of rank 4",
        expect="rank 4 is within 10 points of full fine-tuning, the output matrix far below",
        minutes=13, columns=dict(EXAM, trained="trained parameters, %"),
        holds=[More("rank 4", "full", by=-10), More("rank 16", "full", by=-10),
@@ -367,7 +368,7 @@ T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 class Compared(NamedTuple):
-    """A comparison and its outcome, in points of a percent."""
+    """A comparison and its outcome, in percentage points."""
     more: More
     difference: float
     error: float
@@ -446,8 +447,8 @@ def report(name: str, seeds: list[dict], out: Path) -> dict:
         print(f"{c.verdict}: {column}, {c.more.high} minus {c.more.low}: {c.difference:+.1f}, "
               f"expected above {c.more.by:+.0f}; error {c.error:.1f}")
     seconds = sum(variant["seconds"] for figures in seeds for variant in figures.values())
-    verdict = overall(compared)
-    print(f"\n{about.says}: {verdict}. {len(seeds)} seeds, {seconds / 60:.0f} minutes")
+    verdict, numbers = overall(compared), ", ".join(str(seed) for seed in range(len(seeds)))
+    print(f"\n{about.says}: {verdict}. Seeds {numbers}; {seconds / 60:.0f} minutes in all")
     draw(about, seeds, out / f"{name}.png")
     return dict(verdict=verdict, seeds=seeds)
 
@@ -477,7 +478,7 @@ class ClaimsConfig:
     name: str = field(default="", metadata=dict(positional=True))  # the claim; without it, a list
     seeds: int = 1  # measure with the seeds 0, 1, ...; the verdict is against their spread
     fast: bool = False  # a tenth of the steps, fewer questions: shows the trend only
-    run: str = "out"  # folder of train_sft.py and train_vlm.py: seed 0 takes the models it has
+    run: str = "out"  # take the models of train_sft.py and train_vlm.py in it; seed 1: in out/seed1
     out: str = ""  # figures and new models; default: out/claims, or out/claims/fast with --fast
 
     def __post_init__(self):
@@ -489,7 +490,7 @@ class ClaimsConfig:
         elif self.name not in CLAIMS:
             hint = suggest(self.name, CLAIMS, f"; choose from {', '.join(CLAIMS)}")
             raise UserError(f"unknown claim {self.name}{hint}")
-        if self.run != "out" and not (Path(self.run) / "base" / "latest").exists():
+        if self.run != "out" and not (chain_folder(Path(self.run), 0) / "base").exists():
             raise UserError(f"--run={self.run} has no base model; `python train_sft.py "
                             f"--out={self.run}` trains one")
         self.out = self.out or ("out/claims/fast" if self.fast else "out/claims")

@@ -34,13 +34,19 @@ SIZES = {"1.1M": model.PRESETS["toy"],
          "0.1M": dict(model.PRESETS["toy"], dim=32, hidden_dim=96)}
 
 
+def chain_folder(run: Path, seed: int) -> Path:
+    """Where the toy chain of a seed is: in `run` itself (seed 0), or in run/seed1 and so on."""
+    own = run / f"seed{seed}"
+    return own if seed or own.exists() else run
+
+
 class Lab:
-    """The models of one seed. With seed 0, those of the folder `run` are taken if they exist. All
-    others are trained in a folder of this seed; there, a finished one is loaded, and an interrupted
-    one resumes."""
+    """The models of one seed. Those of the toy chain are taken from `run` if they exist there. All
+    others are trained in a folder of `out`; a finished one is loaded, an interrupted one resumes.
+    """
 
     def __init__(self, out: Path, run: Path, seed: int, fast: bool, machine: Machine):
-        self.out, self.run, self.seed = out / f"seed{seed}", run, seed
+        self.out, self.run, self.seed = out / f"seed{seed}", chain_folder(run, seed), seed
         self.fast, self.machine = fast, machine
         self.sizes = train_sft.FAST if fast else TOY
 
@@ -52,8 +58,7 @@ class Lab:
 
     def is_taken(self, *names: str) -> bool:
         """Does the run have these models, and the base whose tokenizer they share?"""
-        return self.seed == 0 and all((self.run / name / "latest").exists()
-                                      for name in ("base", *names))
+        return all((self.run / name / "latest").exists() for name in ("base", *names))
 
     def chain(self, name: str) -> str:
         """The folder of base, alpaca or vicuna, as train_sft.py trains them."""
