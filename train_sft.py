@@ -275,7 +275,7 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
           meta: dict, tokenizer: data.Tokenizer, start: int = 0,
           optimizer_state: dict | None = None, callback: Callable | None = None) -> None:
     """Runs steps start .. cfg.steps - 1 and saves into `folder`. `callback(net, step)` is called
-    every 100 steps."""
+    every 100 steps; what it returns is logged."""
     share, micro = split_batch(rows, cfg, machine, name)
     net.train()
     language_model(net).checkpointing = cfg.checkpointing
@@ -299,10 +299,11 @@ def train(net, rows: data.Rows, cfg: SFTConfig, machine: Machine, folder: Path, 
             run.check_finite(step, loss, norm)  # before the update: the weights are still good
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.log(step, loss, norm, batch)
-            run.save_if_due(step)
+            noted = {}
             if callback and (step + 1) % 100 == 0:
-                callback(net, step + 1)
+                noted = callback(net, step + 1)
+            run.log(step, loss, norm, batch, noted)
+            run.save_if_due(step)
     net.eval()
 
 

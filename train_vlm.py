@@ -87,7 +87,7 @@ ALIGN = dict(batch_size=32, learning_rate=3e-4, weight_decay=0.05)
 DESCRIBE = dict(batch_size=16, learning_rate=1e-3, seq_len=160, weight_decay=0.05)
 RECIPES = {
     "toy": {"0": dict(ENCODE, steps=1000), "1": dict(ALIGN, steps=2000),
-            "2": dict(DESCRIBE, steps=600, learning_rate=5e-4)},
+            "2": dict(DESCRIBE, steps=100, learning_rate=1e-4)},
     "photos": {"0": dict(ENCODE, steps=3000), "1": dict(ALIGN, steps=1200),
                "2": dict(DESCRIBE, steps=200),
                "words": dict(steps=150, learning_rate=1e-3, optimizer="muon")},

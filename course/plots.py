@@ -231,20 +231,27 @@ def schedule():
 
 
 def losses(run: Path):
-    """Loss curves, with their plateau and drop, and the right answers of each stage."""
-    figure, (left, right) = subplots(1, 2, height=3.6)
-    stages = [name for name in ("base", "alpaca", "vicuna") if (run / name).exists()]
-    curves = {name: [line["loss"] for line in read_metrics(run / name / "metrics.jsonl")]
-              for name in stages}
-    if not any(curves.values()) or not (run / "table.json").exists():
+    """Loss, with its plateau and drop; right answers while training; and at the end."""
+    figure, (left, middle, right) = subplots(1, 3, width=13, height=3.6)
+    logs = {}
+    for name in ("base", "alpaca", "vicuna"):
+        if lines := read_metrics(run / name / "metrics.jsonl"):
+            logs[name] = lines
+    if not logs or not (run / "table.json").exists():
         raise UserError(f"{run} has no metrics.jsonl or no table.json; run `python train_sft.py`")
-    for name, curve in curves.items():
+    for name, lines in logs.items():
+        curve = [line["loss"] for line in lines]
         width = max(1, len(curve) // 50)
         smooth = np.convolve(curve, np.ones(width) / width, "valid")
         left.plot(np.arange(len(smooth)) + width - 1, smooth, label=name)
+        asked = [line for line in lines if "accuracy" in line]
+        middle.plot([line["step"] + 1 for line in asked],
+                    [100 * line["accuracy"] for line in asked], marker=".", label=name)
     left.set(title="training loss", xlabel="step", ylabel="nats per supervised token",
              yscale="log")
     left.legend()
+    middle.set(title="right answers while training, %", xlabel="step", ylim=(0, 100))
+    middle.legend()
     table = json.loads((run / "table.json").read_text(encoding="utf-8"))["table"]
     rows = dict(scenes="held-out\nscenes", pairs="held-out\npairs", later="earlier\nturns")
     for i, player in enumerate(("base", "Alpaca", "Vicuna", "no scene")):

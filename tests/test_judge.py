@@ -91,7 +91,7 @@ def test_toy_questions():
     questions = judge.toy_questions()
     text = json.dumps([[q.id, q.category, q.turns, q.reference] for q in questions])
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert digest == "e8a42f8f29c719155b478b518369493f21d2c663018c40e2796ad85884b4d098"
+    assert digest == "c658c10d2d9df4b8935532fe256707f2a2b281b4416df828032b79e41ba51705"
     for q in questions:
         assert len(q.truths) == len(q.turns) and q.truths[-1].text in q.turns[-1]
         assert q.grade(q.truths[-1].full) == 1

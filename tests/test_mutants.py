@@ -309,7 +309,7 @@ EXAM = [
     ("one of a minimal pair is enough", "share_right",
      "a and b for a, b", "a or b for a, b",
      "test_a_minimal_pair_counts_only_if_both_are_right"),
-    ("a reply that was cut off counts", "answer",
+    ("a reply that was cut off counts", "check",
      "end and world.grade(", "world.grade(",
      "test_a_reply_that_does_not_end_is_wrong"),
     ("the control changes the questions of the others", "without_scene",

@@ -18,6 +18,7 @@ import model
 import train_sft
 from conftest import ROOT
 from tools import checkpoint, config, machine
+from tools.run import read_metrics
 from toy import exam, world
 
 SMALL = dict(seq_len=320, batch_size=2, device="cpu", dtype="float32")
@@ -320,14 +321,17 @@ def test_muon_equals_the_textbook_matrix_by_matrix():
 
 
 def test_a_callback_does_not_change_the_run(files, base, tmp_path, capsys):
-    """The toy chain asks the growing model a question every hundred steps. The losses must be
-    those of a run that nobody watches."""
+    """The toy chain asks the growing model questions every hundred steps, and logs the share of
+    right answers. The losses must be those of a run that nobody watches."""
     changes = dict(steps=103, template="plain", seq_len=128, batch_size=1)
     watcher = exam.watcher(data.find_tokenizer(base), "plain")
     for name, watch in (("alone", None), ("watched", watcher)):
         cfg = train_sft.SFTConfig(**{**SMALL, **changes}, out=str(tmp_path / name))
         train_sft.fine_tune(cfg, "run", MACHINE, files["vicuna"], str(base), callback=watch)
-    assert capsys.readouterr().out.count("step 100:") == 1
+    assert capsys.readouterr().out.count("step 100, ") == 1
+    noted = {line["step"] for line in read_metrics(tmp_path / "watched/run/metrics.jsonl")
+             if "accuracy" in line}
+    assert noted == {99}
     assert losses(tmp_path / "alone/run") == losses(tmp_path / "watched/run")
 
 

@@ -100,14 +100,14 @@ class Run:
                             f"weights before this step are in {self.folder}. Try a smaller "
                             "--learning_rate in another --out")
 
-    def log(self, step: int, loss: float, norm: float, batch: tuple) -> None:
+    def log(self, step: int, loss: float, norm: float, batch: tuple, noted: dict) -> None:
         now = time.perf_counter()
         seconds, self.step_began = now - self.step_began, now
         self.seconds += seconds
         self.losses.append(loss)
         tokens = self.cfg.batch_size * self.cfg.seq_len
         line = dict(step=step, loss=round(loss, 5), lr=self.optimizer.param_groups[0]["lr"],
-                    norm=round(norm, 4), tokens_per_s=round(tokens / seconds))
+                    norm=round(norm, 4), tokens_per_s=round(tokens / seconds), **noted)
         self.metrics.write(json.dumps(line) + "\n")
         self.bar.update()
         mean = np.mean(self.losses[-20:])

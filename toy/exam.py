@@ -138,13 +138,16 @@ def share_right(right: list[bool], split: str) -> float:
     return sum(right) / len(right)
 
 
+def check(items: list, replies: list[str], ended: list[bool]) -> list[bool]:
+    """Which replies are right. One that was cut off is not, whatever it says."""
+    return [end and world.grade(item.question, reply) == 1
+            for item, reply, end in zip(items, replies, ended)]
+
+
 def answer(play: Player, items: list) -> tuple[list[bool], list[bool]]:
-    """Which of a player's replies are right, and which ended. A reply that was cut off does not
-    count, whatever it says."""
+    """Which of a player's replies are right, and which ended."""
     replies, ended = play(items)
-    right = [end and world.grade(item.question, reply) == 1
-             for item, reply, end in zip(items, replies, ended)]
-    return right, ended
+    return check(items, replies, ended), ended
 
 
 def examine(players: dict[str, Player], rows: dict, n: int) -> tuple[dict, dict]:
@@ -218,28 +221,39 @@ def print_dialogues(play: Player) -> None:
 
 # -- while the models are trained -----------------------------------------------------------------
 
+WATCHED = 25  # questions
+
+
 @functools.cache
-def watched_item() -> world.Item:
-    """A question about a held-out scene, which every model is asked while it is trained."""
-    items = [item for item in world.test_set("scenes", 500) if len(item.turns) == 1]
-    return next(item for item in items if list(item.question.truth) == ["color"])
+def watched_items() -> list[world.Item]:
+    """Questions about held-out scenes, which every model is asked while it is trained. The first
+    one, about a color, is also shown."""
+    items = [item for item in world.test_set("scenes", 500, seed=2) if len(item.turns) == 1]
+    shown = next(item for item in items if list(item.question.truth) == ["color"])
+    return [shown, *items[:WATCHED - 1]]
 
 
 def print_watched_question() -> None:
-    item = watched_item()
-    print(f"every 100 steps the model is asked: {item.turns[0][1]}\n  true: {item.question.full}")
+    item = watched_items()[0]
+    print(f"every 100 steps the model is asked {WATCHED} questions, such as: {item.turns[0][1]}\n"
+          f"  true: {item.question.full}")
 
 
 def watcher(tokenizer: data.Tokenizer, template: str) -> Callable:
-    """A callback for train(): prints the model's current answer to the watched question."""
-    item = watched_item()
+    """A callback for train(): prints the model's current answer to the first watched question, and
+    the share of all of them that it answers right, which goes into metrics.jsonl."""
+    items = watched_items()
 
-    def watch(net, step: int) -> None:
+    def watch(net, step: int) -> dict:
         net.eval()
-        (reply,), _ = model_player(net, tokenizer, template)([item])
+        replies, ended = model_player(net, tokenizer, template)(items)
         net.train()
-        mark = "right" if world.grade(item.question, reply) == 1 else "wrong"
-        tqdm.write(f"  step {step}: {textwrap.shorten(reply, 80)}   [{mark}]")
+        right = check(items, replies, ended)
+        share = sum(right) / len(right)
+        mark = "right" if right[0] else "wrong"
+        tqdm.write(f"  step {step}, {100 * share:.0f}% right: "
+                   f"{textwrap.shorten(replies[0], 80)}   [{mark}]")
+        return dict(accuracy=share)
     return watch
 
 
@@ -462,7 +476,7 @@ def save_sheet(e: PictureExam, replies: Sequence[str], path: Path) -> None:
 # -- train_vlm.py on toy pictures -----------------------------------------------------------------
 
 # pictures for stage 1, for curation, and in each row of the exam
-TOY = dict(alt=4000, curate=2500, questions=100)
+TOY = dict(alt=4000, curate=1600, questions=100)
 FAST = dict(alt=300, curate=40, questions=10)
 
 

@@ -428,7 +428,8 @@ ABOUT_ONE = {
     "shape": ("The {o.color} thing is a {o.shape}.", "a {o.shape}.", ["shape"]),
     "size": ("The {ref} is {o.size}.", "{o.size}.", ["size"]),
     "where": ("The {ref} is {o.at}.", "{o.at}.", ["place"]),
-    "at": ("{o.at} is a {o.noun_first}.", "a {o.thing}.", LOOKS),
+    "at": ("{places}, so the {o.place} {o.shape} is {o.size} and {o.color}.", "a {o.thing}.",
+           LOOKS),
     "paint": ("{o.at} would be a {o.shape}, {o.color} and {o.size}.", "a {o.thing}.", LOOKS),
     "be": ("Hello! I am the {o.noun_first}, and I live {o.at}.", "I am the {o.thing}.", LOOKS),
     "story": ("Once there was a {o.noun_first}, that {wish}. One day it met a {friend}. {end}",
@@ -452,11 +453,18 @@ def answer_one(kind: str, scene: Scene, o: Object, ref: str, rng: random.Random)
         o = o._replace(color=rng.choice(allowed))
     # The story depends on the object only, so that it can be predicted.
     blanks = dict(o=o, ref=ref, friend=FRIENDS[SHAPES.index(o.shape)],
-                  wish=WISHES[COLORS.index(o.color) // 2], end=ENDINGS[SIZES.index(o.size)])
+                  wish=WISHES[COLORS.index(o.color) // 2], end=ENDINGS[SIZES.index(o.size)],
+                  places=tell_places(scene))
     full, short, attributes = ABOUT_ONE[kind]
     truth = {name: {getattr(o, name)} for name in attributes}
     return Answer(cap(full.format(**blanks)), cap(short.format(**blanks)),
                   truth | OPEN.get(kind, {}), dict(new=o.color))
+
+
+def tell_places(scene: Scene) -> str:
+    """What is where, with each shape directly after its place: what has followed a word before is
+    the easiest thing for a small model to find."""
+    return "I see " + join([f"a {o.place} {o.shape}" for o in scene])
 
 
 # The share of questions about a shape that is not in the scene, or a place where nothing is.
@@ -466,8 +474,9 @@ ABSENT = dict(color=0.12, size=0.12, where=0.12, at=0.25)
 def answer_absent(kind: str, scene: Scene, rng: random.Random) -> Answer:
     used = {value for o in scene for value in o}
     if kind == "at":
-        place = "at " + rng.choice([place for place in PLACES if place not in used])
-        return Answer(f"{cap(place)} is nothing.", "Nothing.", {"yesno": {"no"}}, dict(at=place))
+        place = rng.choice([place for place in PLACES if place not in used])
+        return Answer(f"{tell_places(scene)}, so the {place} has nothing.", "Nothing.",
+                      {"yesno": {"no"}}, dict(at="at " + place))
     shape = rng.choice([shape for shape in SHAPES if shape not in used])
     return Answer(f"The {shape} is not there.", "None.", {"yesno": {"no"}}, dict(ref=shape))
 
@@ -835,7 +844,7 @@ class Dialogue:
             return
         self.focus = None
         if q.kind in ("color", "where", "size", "at", "shape") and "yesno" not in q.truth:
-            text = q.full + q.text
+            text = conclusion(q.full) + q.text
             named = [o for o in self.scene
                      if all(w in text for w in (refer(o, self.scene) or "?").split())]
             if len(named) == 1:
@@ -874,7 +883,7 @@ def conversation(rng: random.Random, one_round: bool = False, short: bool = Fals
     style = rng.random()
     if style < 0.25:
         scene = pick_scene(rng)
-        reply = alt_text(scene, rng, noise=0).lower()
+        reply = alt_text(scene, rng).lower()
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
         if one_round:
@@ -926,9 +935,15 @@ def found(what: str, answer: str, truth=frozenset()) -> set:
     return {s for s in truth if s.lower() in text}  # "says"
 
 
+def conclusion(answer: str) -> str:
+    """What follows the reasons: "so yes." of "The red ring is at left, so yes."."""
+    return answer.rpartition(", so ")[2]
+
+
 def grade(question: Question, answer: str) -> float:
     """The fraction of the expected fields that an answer gets exactly right. Naming a wrong value,
-    too, makes a field wrong."""
+    too, makes a field wrong. Only the conclusion counts, not the reasons before it."""
+    answer = conclusion(answer)
     right = [found(what, answer, truth) == truth for what, truth in question.truth.items()]
     return sum(right) / len(right)
 
