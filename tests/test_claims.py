@@ -411,10 +411,14 @@ def test_oracles_as_judges(small_lab, monkeypatch):
     assert figures["oracle", True]["agrees"] == 1 > figures["first", False]["agrees"]
 
 
-def test_a_small_model_judges_by_likelihood(small_lab, monkeypatch):
-    """Per token: by the sum, the shorter answer would win."""
-    monkeypatch.setattr(lab.evaluate, "log_likelihoods", Knowing(lambda rows: 0))
+@pytest.mark.parametrize("costs, agrees", [((0.5, 0.6), 1), ((0.6, 0.5), 0)])
+def test_a_small_model_judges_by_likelihood_per_token(costs, agrees, small_lab, monkeypatch):
+    """By the likelihood of the whole answer, the shorter one would nearly always win."""
+    def log_likelihoods(net, rows):
+        return torch.tensor([-cost * len(answer) for cost, (_, answer) in zip(costs, rows)])
+
+    monkeypatch.setattr(lab.evaluate, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(lab, "with_error", lambda text, rng: "No.")
     small_lab.sizes = dict(SIZES, questions=5)
-    assert small_lab.judged_by_model(None, "closed", ("sum",)) == dict(agrees=1, questions=5)
-    monkeypatch.setattr(lab.evaluate, "log_likelihoods", Knowing(lambda rows: 1))
-    assert small_lab.judged_by_model(None, "scenes", ("color", "size", "where"))["agrees"] == 0
+    judged = small_lab.judged_by_model(None, "scenes", ("color", "size", "where"))
+    assert judged == dict(agrees=agrees, questions=5)

@@ -462,11 +462,12 @@ def draw(about: Claim, seeds: list[dict], path: Path) -> None:
     column, title = next(iter(about.columns.items()))
     variants = list(seeds[0])[::-1]  # from top to bottom
     figure = Figure(figsize=(8, 1 + 0.35 * len(variants)), layout="constrained")
-    axes = figure.add_subplot(xlabel=title, title=about.says)
-    means = [statistics.mean(figures[v][column] for figures in seeds) for v in variants]
-    axes.barh(variants, means, color="lightsteelblue")
-    for figures in seeds:
-        axes.plot([figures[v][column] for v in variants], variants, "k.")
+    axes = figure.add_subplot(xlabel=title, xlim=(0, 100))
+    figure.suptitle("\n".join(textwrap.wrap(about.says, 70)))
+    for variant in variants:
+        shares = [100 * figures[variant][column] for figures in seeds]
+        axes.barh(variant, statistics.mean(shares), color="lightsteelblue")
+        axes.plot(shares, [variant] * len(shares), "k.")
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 
