@@ -2,9 +2,8 @@
 
 This table is the only part of the exercises that is written by hand; tests/test_course.py checks it
 against the code. A check is a test function, in the module's own test file unless a file is named.
-An exercise is solved when all its checks pass. A red check that it shares does not count if another
-exercise explains it by a red check of its own. Our own choices, such as the initialization, are not
-checked.
+In the checks of an exercise, all other functions are ours, and it is solved when all of them pass.
+Our own choices, such as the initialization, are not checked.
 """
 
 import functools
@@ -89,12 +88,13 @@ WEEKS = {
             "test_rmsnorm_computes_in_fp32 test_equals_golden_values", (
                 "Equation 4 of the paper, without a mean: x / rms(x) * weight.",
                 "rms(x) = sqrt(mean(x^2) + eps) over the last dimension. Compute it in fp32.",
-                "y = x.float(); torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps); back to "
-                "x's type before the weight.")),
+                "y = x.float(); torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps); then "
+                ".type_as(x) for the result and for the weight, and their product.")),
         Exercise(
             "model.rope_table",
             "test_rope_rotates_neighbors test_equals_golden_values "
-            "test_weeks.py::test_rope_by_hand", (
+            "test_weeks.py::test_rope_table_by_hand test_weeks.py::test_rope_knows_distances_only",
+            (
                 "One angle for each position and each pair: (seq_len, D/2).",
                 "The frequencies are theta^(-2i/D): the first pair turns by one radian a token, "
                 "later pairs more and more slowly.",
@@ -102,7 +102,8 @@ WEEKS = {
         Exercise(
             "model.apply_rope",
             "test_rope_rotates_neighbors test_equals_golden_values "
-            "test_weeks.py::test_rope_by_hand test_weeks.py::test_rope_knows_distances_only", (
+            "test_weeks.py::test_apply_rope_by_hand test_weeks.py::test_rope_knows_distances_only",
+            (
                 "Neighbors x[2i], x[2i+1] are a point in the plane, which is turned.",
                 "(a, b) becomes (a cos - b sin, a sin + b cos). All heads turn alike.",
                 "x.float().unflatten(-1, (-1, 2)).unbind(-1) gives a and b; cos.unsqueeze(-2) "
@@ -112,8 +113,9 @@ WEEKS = {
                 "The same rotation as in apply_rope, as one multiplication.",
                 "A pair (a, b) is the complex number a + ib; turning it by an angle multiplies it "
                 "by cos + i sin.",
-                "torch.view_as_complex of (T, H, D/2, 2) times torch.polar(1, angles), then "
-                "torch.view_as_real. Positions are divided by c.rope_scaling.")),
+                "Angles are (T, 1, D/2), the same for all heads; positions are divided by "
+                "c.rope_scaling. torch.view_as_complex of (T, H, D/2, 2) times "
+                "torch.polar(torch.ones_like(angles), angles), then torch.view_as_real.")),
         Exercise(
             "model.FeedForward.forward",
             "test_weeks.py::test_swiglu_by_hand test_equals_golden_values", (
@@ -126,8 +128,8 @@ WEEKS = {
                 "Two steps, and each adds its output to x.",
                 "Pre-norm: what goes into attention and feed-forward is normalized; x itself is "
                 "not.",
-                "x + self.attention(self.attention_norm(x), ...), then the same with feed_forward "
-                "of the new x.")),
+                "x + self.attention(self.attention_norm(x), cos, sin, ...), then the same with "
+                "ffn_norm and feed_forward on the new x.")),
         Exercise(
             "model.count_parameters", "test_published_sizes", (
                 "A model of 65 B parameters can be built without allocating any.",
@@ -519,7 +521,7 @@ WEEKS = {
             "vision.MiniGPT4.encode",
             "test_files_pixels_and_features_give_the_same_vectors test_generate_about_pictures", (
                 "Pixels have four dimensions, features three.",
-                "Only pixels go through the frozen encoder.",
+                "Only pixels go through the frozen encoder, self.features.",
                 "self.llama_proj, then (N, Q, C) -> (N * Q, C).")),
         Exercise(
             "model.LLaMA.embed",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -97,7 +98,11 @@ def apply_rope(x, cos, sin):
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
-def rope_tabel(seq_len):
+def rope_table(seq_len, head_dim, theta=10000.0, scaling=1.0):
+    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    torch.outer(torch.arange(seq_len) / scaling, freqs)
+
+def rotat(x, c):
     pass
 
 def count_parameters(config):
@@ -106,9 +111,9 @@ def count_parameters(config):
 
 
 def test_a_students_file_as_she_runs_it(tmp_path):
-    """A wrong method, a right function, a blank one, two misspelled names, and an initialization of
-    her own, which is no condition. The right function shares a check with the wrong method, which
-    is red in another one, too, and so explains it."""
+    """A wrong method, a function that returns nothing, a right one, a blank one, two misspelled
+    names, and an initialization of her own, which is no condition. The right function shares checks
+    with the wrong ones, and counts nevertheless: in its checks, they are ours."""
     (tmp_path / "ada.py").write_text(ADA)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", f"--impl={tmp_path}/ada.py", "-m", "week2",
@@ -116,17 +121,34 @@ def test_a_students_file_as_she_runs_it(tmp_path):
     said = done.stdout
     assert done.returncode == 1
     assert ("replaces model.RMSNorm.forward, model.LLaMA.init_weights, model.LLaMA.train, "
-            "model.apply_rope; all else is ours") in said, said[:2000]
+            "model.apply_rope, model.rope_table; all else is ours") in said, said[:2000]
     assert "still blank, so ours are used: model.count_parameters" in said
-    assert ("not ours, so not tested: RMSNorm.foward, rope_tabel; did you mean RMSNorm.forward, "
-            "rope_table?") in said
+    assert said.count("not ours, so not tested: RMSNorm.foward, rotat; did you mean "
+                      "RMSNorm.forward, rotate?") == 2, "at the beginning, and beside the score"
     assert ("wrong   model.RMSNorm.forward: test_equals_golden_values, "
             "test_rmsnorm_eps_is_inside_the_root\n") in said, said[-2000:]
+    assert "wrong   model.rope_table: " in said
     assert "solved  model.apply_rope\n" in said
-    assert "1 of 7 exercises, 5 of 14 checks\n" in said, said[-2000:]
+    assert "1 of 7 exercises, 6 of 21 checks\n" in said, said[-2000:]
     figures = json.loads((tmp_path / "ada.json").read_text())
     assert states(figures)["model.apply_rope"] == "solved" and figures["weeks"] == [2]
     assert states(figures)["model.count_parameters"] == "blank"
+    assert "did you mean" in figures["notes"][-1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
+def test_an_endless_loop_is_a_red_check(monkeypatch):
+    """Without a limit, the lecturer's time-out ended the whole run, and there was no report."""
+    monkeypatch.setattr(conftest, "CHECK_SECONDS", 0.05)
+    with pytest.raises(pytest.fail.Exception, match="an endless loop"), conftest.time_limit():
+        while True:
+            pass
+
+
+def test_the_file_says_what_self_has():
+    """The name of a block's second norm, ffn_norm, was found only beside the solution."""
+    last = "    #     self.ffn_norm = RMSNorm(config.dim, config.norm_eps)\n"
+    assert f"{last}\n    def forward" in exercises.week_file(2, "")
 
 
 def test_a_file_that_does_not_import_still_gets_a_report(tmp_path):
