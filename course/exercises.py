@@ -122,7 +122,8 @@ HEADER = '''"""Week {week}: {title}.
 
 tests the functions below. Write one in place of its `raise NotImplementedError`, and run the tests
 again. A function that still raises it is not tested, and ours is used in its place. Read
-docs/course.md first, and read a hint only if the one before it was not enough.
+docs/course.md first, and read a hint only if the one before it was not enough. Numbers such as [2]
+refer to the papers at the top of the source file.
 """'''
 
 

@@ -63,6 +63,9 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"week{week}: {WEEKS[week].title}")
     if config.getoption("--report") and not (config.getoption("--impl") and weeks_asked(config)):
         raise pytest.UsageError("--report needs --impl=FILE and -m weekN")
+    marks = config.getoption("-m") or ""
+    if config.getoption("--impl") and marks and not (weeks_asked(config) or "not " in marks):
+        raise pytest.UsageError(f"-m {marks}: there are week1 to week{max(WEEKS)}")
     for file in config.getoption("--impl"):  # before the tests are imported
         try:
             header.extend(install(file))
@@ -218,14 +221,33 @@ def load(file: str) -> ModuleType:
     sys.path.append(str(path.parent))  # it may import its neighbors
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a student's file may raise anything
+        with time_limit(60):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit, pytest.fail.Exception) as error:  # it may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise pytest.UsageError(f"--impl={file} does not import: {reason}{where}") from None
     return module
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Turns an endless loop into a failure after so many seconds of computing. (Windows does not
+    have this timer.)"""
+    def stop(*_):
+        pytest.fail(f"more than {seconds} seconds: an endless loop?")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def own_names(module: ModuleType) -> dict:
@@ -240,7 +262,6 @@ def own_names(module: ModuleType) -> dict:
 
 # -- partial credit: -m week2 ---------------------------------------------------------------------
 
-CHECK_SECONDS = 10  # of computing; the slowest check of a week takes one
 checks: dict[str, str] = {}  # the exercise of each check, by node id
 outcomes: dict[str, str] = {}  # of every check that was run
 
@@ -291,26 +312,9 @@ def exercise(request):
         yield
         return
     switch(name, on=True)
-    with time_limit():
+    with time_limit(10):  # the slowest check takes one second
         yield
     switch(name, on=False)
-
-
-@contextlib.contextmanager
-def time_limit():
-    """Makes an endless loop a red check. (Windows does not have this timer.)"""
-    def stop(*_):
-        pytest.fail(f"more than {CHECK_SECONDS} seconds: an endless loop?")
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -136,11 +136,17 @@ def test_a_students_file_as_she_runs_it(tmp_path):
     assert "did you mean" in figures["notes"][-1]
 
 
+@pytest.mark.parametrize("marks", ["weak2", "week22"])
+def test_a_misspelled_week_is_an_error(marks):
+    """Every test file was imported, and then nothing was run."""
+    with pytest.raises(pytest.UsageError, match=f"-m {marks}: there are week1 to week10"):
+        configure(impl=["week2.py"], m=marks)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
-def test_an_endless_loop_is_a_red_check(monkeypatch):
+def test_an_endless_loop_is_a_failure():
     """Without a limit, the lecturer's time-out ended the whole run, and there was no report."""
-    monkeypatch.setattr(conftest, "CHECK_SECONDS", 0.05)
-    with pytest.raises(pytest.fail.Exception, match="an endless loop"), conftest.time_limit():
+    with pytest.raises(pytest.fail.Exception, match="an endless loop"), conftest.time_limit(0.05):
         while True:
             pass
 
@@ -151,14 +157,18 @@ def test_the_file_says_what_self_has():
     assert f"{last}\n    def forward" in exercises.week_file(2, "")
 
 
+def configure(**options) -> None:
+    """pytest's configuration with these options."""
+    options = {"-m": options.pop("m"), **{f"--{name}": value for name, value in options.items()}}
+    config = SimpleNamespace(getoption=options.get, addinivalue_line=lambda *_: None)
+    conftest.pytest_configure(config)
+
+
 def test_a_file_that_does_not_import_still_gets_a_report(tmp_path):
     """A grader who reads one report for everybody must find one."""
     (tmp_path / "bob.py").write_text("def f(:\n")
-    options = {"--impl": [str(tmp_path / "bob.py")], "-m": "week2",
-               "--report": str(tmp_path / "bob.json")}
-    config = SimpleNamespace(getoption=options.get, addinivalue_line=lambda *_: None)
     with pytest.raises(pytest.UsageError):
-        conftest.pytest_configure(config)
+        configure(impl=[str(tmp_path / "bob.py")], m="week2", report=str(tmp_path / "bob.json"))
     figures = json.loads((tmp_path / "bob.json").read_text())
     assert "SyntaxError" in figures["error"] and figures["solved"] == 0
 
@@ -206,6 +216,9 @@ def test_every_week_has_bugs_to_find(week, tmp_path, capsys):
         what = bugs.main(bugs.BugsConfig(week, seed, reveal=True))["what"]
         assert what not in text and what in capsys.readouterr().out
     assert len(found) == n, "two seeds give the same bug"
+    (tmp_path / f"bug{week}_0.py").write_text("my notes")
+    bugs.main(bugs.BugsConfig(week, 0, out=str(tmp_path)))
+    assert (tmp_path / f"bug{week}_0.py").read_text() == "my notes"
 
 
 # -- plots ----------------------------------------------------------------------------------------
@@ -232,6 +245,13 @@ def run_folder(tmp_path_factory):
     meta = dict(step=1, template="vicuna_v1.1", settings=settings)
     checkpoint.save(run / "minigpt4", eyes, meta, tokenizer, weights=projection)
     return run
+
+
+def test_tokens_on_an_axis():
+    """A part of a character was drawn as a replacement character, one like the other."""
+    tokenizer = data.Tokenizer(checkpoint.load(MICRO)[1])
+    texts = plots.texts_of(tokenizer, tokenizer.encode("🙂\n", continues=True))
+    assert texts == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "↵"]
 
 
 def test_every_plot_is_drawn(run_folder, tmp_path):
