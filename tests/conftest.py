@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the tensors are tiny, and other tests run beside this one
 
 
-
 class Swap(NamedTuple):
     """A name of ours that a student's file defines."""
     owner: type | None  # our class, if it is a single method
