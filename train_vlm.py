@@ -629,10 +629,11 @@ def train_projection(vlm: VLMRun, stage: str, net: vision.MiniGPT4, parts: dict,
               f"{sft.batch_size}")
         return
     recipe = recipe_of(vlm.cfg)
-    if stage == "1" and recipe != "published":
+    if stage == "1" and recipe != "published" and not parent:
         # From zero: with a language model of a million parameters, training never recovered from a
-        # random projection.
-        for w in net.llama_proj.parameters():
+        # random projection. (toy/claims.py has one of three layers; only its last one is zero.)
+        linear = [m for m in net.llama_proj.modules() if isinstance(m, torch.nn.Linear)]
+        for w in linear[-1].parameters():
             torch.nn.init.zeros_(w)
     examples = []
     for c in album:

@@ -29,6 +29,12 @@ class Demo:
 
 
 @dataclass
+class Readers:
+    paths: str = dataclasses.field(default="a,b", metadata=dict(several=True))  # the files to read
+    count: int = 3  # how many
+
+
+@dataclass
 class Reader:
     path: str  # the file to read; 100 % of it
     count: int = 3  # how many
@@ -55,6 +61,13 @@ def test_understood(line, expected, monkeypatch):
     """bool("False") is True, so a flag could not be switched off; and a value may contain "="."""
     monkeypatch.setenv("HOME", "/home/me")
     assert repr(parse(*line.split())) == repr(expected)  # 5 == 5.0, but they are not the same
+
+
+def test_several_words_for_one_field(monkeypatch):
+    """`python -m toy.exam out/base out/vicuna`: the second word was an unknown argument."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("x", "~/y", "--count=5", cls=Readers) == Readers("x,/home/me/y", 5)
+    assert parse("--count=5", cls=Readers) == Readers("a,b", 5)
 
 
 @pytest.mark.parametrize("line, message", [

@@ -11,6 +11,8 @@ import torch
 
 import data
 import train_vlm
+from conftest import ROOT
+from tools import checkpoint, config, machine
 from toy import exam, world
 
 
@@ -231,3 +233,36 @@ def test_each_player_sees_with_its_own_projection(tmp_path, monkeypatch):
         "MiniGPT-4", "in words", "no picture", "shuffled", "stage 1"]
     assert seen[:10:2] == [[0, 10, 20], None, None, [20, 0, 10], [0, 1, 2]]
     assert json.loads((tmp_path / "seeing.json").read_text(encoding="utf-8")) == figures
+
+
+# -- python -m toy.exam ---------------------------------------------------------------------------
+
+def test_checkpoints_of_any_recipe_are_columns_of_one_table(tmp_path, monkeypatch, capsys):
+    """Each is asked in its own template, a base on a line of its own. One of another recipe, whose
+    template the toy chain does not have, was asked as a Vicuna without a word."""
+    templates = dict(base="plain", alpaca="alpaca", vicuna="vicuna_v1.1", mine="koala")
+    for name, template in templates.items():
+        net, path, meta = checkpoint.load(ROOT / "tests" / "micro")
+        checkpoint.save(tmp_path / name, net, dict(meta, template=template), path)
+    asked = []
+
+    def player(net, tokenizer, template):
+        asked.append(template)
+        return lambda items: ([item.question.full for item in items], [True] * len(items))
+
+    monkeypatch.setattr(exam, "model_player", player)
+    monkeypatch.setattr(machine, "measure_peak", lambda *_: 1e9)
+    folders = [str(tmp_path / name) for name in templates]
+    cfg = config.from_cli(exam.ExamConfig, [*folders, "--questions=2"])
+    assert list(exam.main(cfg)["table"]["scenes"].values()) == [1, 1, 1, 1]
+    assert asked == ["lines", "alpaca", "vicuna_v1.1", "koala"]
+    printed = capsys.readouterr().out
+    assert "mine is not of the toy chain: it is asked in its own template, koala" in printed
+    assert ["right", "answers,", "%", *templates] in map(str.split, printed.splitlines())
+
+
+def test_columns_have_names_of_their_own():
+    """Two runs both have a vicuna: one column would have replaced the other."""
+    assert exam.column_names(["out/base", "out/vicuna"]) == dict(base="out/base",
+                                                                 vicuna="out/vicuna")
+    assert list(exam.column_names(["a/vicuna", "b/vicuna"])) == ["a/vicuna", "b/vicuna"]

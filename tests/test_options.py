@@ -49,7 +49,7 @@ from tools import (
     teacher,
     web,
 )
-from toy import exam, instruct, pictures, probe, world
+from toy import claims, exam, instruct, pictures, probe, world
 
 MICRO = ROOT / "tests" / "micro"
 
@@ -457,13 +457,13 @@ SCRIPTS["evaluate"] = Script(evaluate.EvaluateConfig, evaluate.main, {
 def spy_on_exam(record: Record) -> None:
     record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
     record.patch.setattr(exam, "ALL_ROWS", exam.SHORT_ROWS)
-    record.spy(checkpoint, "load", lambda *args, **options: (args, options))
+    record.spy(vision, "load", lambda *args, **options: (args, options))
     record.spy(probe, "probe", instead=lambda out, n: {})
 
 
 SCRIPTS["exam"] = Script(exam.ExamConfig, exam.main, {
-    "exam": dict(ckpt=str(MICRO), questions=1), "probe": dict(probe=True),
-}, dict(ckpt="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
+    "exam": dict(ckpts=str(MICRO), questions=1), "probe": dict(probe=True),
+}, dict(ckpts="FILES/base", probe=(True, False), out="HERE/other", questions=2), spy_on_exam)
 
 
 def spy_on_instruct(record: Record) -> None:
@@ -477,6 +477,25 @@ SCRIPTS["instruct"] = Script(instruct.InstructConfig, instruct.main, {
     "seeds": dict(seeds="HERE/seeds.jsonl"),
 }, dict(seeds="HERE/other.jsonl", base="FILES/other_base", out="HERE/other", count=10, records=30,
         rounds=1, steps=3, questions=5, seed=7), spy_on_instruct)
+
+
+def spy_on_claims(record: Record) -> None:
+    """A claim that asks its lab for nothing, and has its figures at once."""
+    def measure(lab, results):
+        record.note(lab.out, lab.run, lab.seed, lab.fast, lab.sizes)
+        results.add("a", right=0.5, questions=10)
+        results.add("b", right=0.4, questions=10)
+
+    record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
+    for name in ("lora", "judge"):
+        about = claims.CLAIMS[name]._replace(
+            measure=measure, columns=dict(right="right, %"), holds=[claims.More("a", "b")])
+        record.patch.setitem(claims.CLAIMS, name, about)
+
+
+SCRIPTS["claims"] = Script(claims.ClaimsConfig, claims.main, {
+    "list": {}, "claim": dict(name="lora", run="FILES", out="HERE/claims"),
+}, dict(name="judge", seeds=2, fast=True, run="HERE", out="HERE/other"), spy_on_claims)
 
 
 # -- tools/bench.py: nothing is timed -------------------------------------------------------------

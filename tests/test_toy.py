@@ -236,6 +236,23 @@ def test_a_detour_separates_the_scene_from_its_question():
         assert not any(word in others.split() for word in (*world.PLACES, *world.SHAPES[:6]))
 
 
+def test_what_a_claim_changes_about_the_world():
+    """A single round, terse answers, a scene told once; and all else stays the same."""
+    for seed in range(40):
+        turns = world.conversation(random.Random(seed), one_round=True)["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"]
+        full, terse = (world.conversation(random.Random(seed), short=short)["conversations"]
+                       for short in (False, True))
+        assert full[::2] == terse[::2], "other questions"
+        assert all(len(b["value"]) <= len(a["value"]) for a, b in zip(full[1::2], terse[1::2]))
+        if len(full) > 2:  # else it may be alt-text
+            is_code = full[-1]["value"].endswith(")")
+            assert (full[-1] == terse[-1]) == is_code
+    once, thrice = (world.scene_document(random.Random(1), n) for n in (1, 3))
+    assert len(thrice) > 1.1 * len(once)
+    assert world.document(random.Random(2)) == world.document(random.Random(2), 3)
+
+
 def test_batches_of_symbols_depend_on_seed_and_step_alone():
     """A run that resumes at step 5 must see the pictures that step 5 would have seen."""
     pick = pictures.symbol_batches(0, 16)

@@ -80,6 +80,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)  # argparse would print the whole usage first
 
 
+class _Several(argparse.Action):
+    def __call__(self, parser, namespace, values, option=None):
+        setattr(namespace, self.dest, ",".join(values))
+
+
 class _Once(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
         if hasattr(namespace, self.dest):
@@ -128,7 +133,8 @@ def parse_value(name: str, kind: Any, text: str):
 
 def make_parser(cls: type, presets: Iterable[str], prog: str | None) -> _Parser:
     """An argparse parser with one option for each field of `cls`. Fields without a default are
-    positional; so is one with metadata "positional", which may be left out."""
+    positional; so is one with metadata "positional", which may be left out, and one with "several",
+    which takes several words and joins them by commas."""
     notes = comments(cls)
     parser = _Parser(
         prog=prog, allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
@@ -141,6 +147,9 @@ def make_parser(cls: type, presets: Iterable[str], prog: str | None) -> _Parser:
             continue
         if "positional" in field.metadata:
             parser.add_argument(field.name, type=parse, help=note, nargs="?")
+            continue
+        if "several" in field.metadata:
+            parser.add_argument(field.name, type=parse, help=note, nargs="*", action=_Several)
             continue
         flag = dict(nargs="?", const=True) if field.type is bool else {}
         kind = getattr(field.type, "__name__", "").upper()

@@ -1,8 +1,8 @@
 """The toy world's exam: held-out questions, controls, and the tables that train_sft.py and
 train_vlm.py print.
 
-    python -m toy.exam --ckpt=out/vicuna   # one model, every row of the table
-    python -m toy.exam --probe             # where seeing loses: see toy/probe.py
+    python -m toy.exam out/base out/vicuna   # every row of the table, one column per model
+    python -m toy.exam --probe               # where seeing loses: see toy/probe.py
 
 A player answers questions: items -> (replies, whether each ended by itself). Controls are players,
 too: they show what scores are reached without the scene, by lookup in the training data, or without
@@ -19,7 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -567,7 +567,7 @@ def seeing_exam(vlm, net, aligned: dict, alt: Sequence, n: int) -> dict:
 
 @dataclass
 class ExamConfig:
-    ckpt: str = "out/vicuna"  # the language model to examine
+    ckpts: str = field(default="out/vicuna", metadata=dict(several=True))  # the models to examine
     probe: bool = False  # instead, find where the MiniGPT-4 in --out loses what it sees
     out: str = "out"  # for --probe: folder of a run of train_sft.py and train_vlm.py
     questions: int = 100  # in each row; --probe: pictures in each column
@@ -576,23 +576,43 @@ class ExamConfig:
         check_above(self, 0, "questions")
 
 
+def load_player(folder: str, device: str) -> Player:
+    """A checkpoint of any recipe, which is asked in the template that it was trained in. Of a
+    MiniGPT-4, the language model is asked."""
+    import vision
+    net, path, meta = vision.load(folder, device)
+    net = getattr(net, "llama", net)
+    template = meta["template"]
+    if template == "plain":
+        template = "lines"  # a base model answers on the next line
+    elif template not in ("alpaca", "vicuna_v1.1"):
+        print(f"{folder} is not of the toy chain: it is asked in its own template, {template}")
+    return model_player(net.eval(), data.Tokenizer(path), template)
+
+
+def column_names(folders: list[str]) -> dict[str, str]:
+    """A short name for each folder: its own, or the whole path where two would be equal."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(set(folders)):
+        names = folders
+    return dict(zip(names, folders))
+
+
 def main(cfg: ExamConfig) -> dict:
     if cfg.probe:
         from toy import probe
-        refuse_unused(cfg, ("ckpt",), "--probe looks at the models in --out")
+        refuse_unused(cfg, ("ckpts",), "--probe looks at the models in --out")
         return probe.probe(Path(cfg.out), cfg.questions)
     refuse_unused(cfg, ("out",), "only --probe uses it")
-    from tools import checkpoint
     from tools.machine import choose_machine
-    machine = choose_machine("auto", "float32")
-    net, path, meta = checkpoint.load(cfg.ckpt, device=machine.device)
-    # a base model answers on the next line
-    template = "lines" if meta["template"] == "plain" else meta["template"]
-    play = model_player(net.eval(), data.Tokenizer(path), template)
-    table, ends = examine({cfg.ckpt: play}, ALL_ROWS, cfg.questions)
-    print_table("right answers, %", {ALL_ROWS[split]: cells for split, cells in table.items()})
-    ended = sum(ends[cfg.ckpt]) / len(ends[cfg.ckpt])
-    print(f"{cfg.questions} questions per row; {100 * ended:.1f}% of the replies end by themselves")
+    device = choose_machine("auto", "float32").device
+    folders = column_names(cfg.ckpts.split(","))
+    players = {name: load_player(folder, device) for name, folder in folders.items()}
+    table, ends = examine(players, ALL_ROWS, cfg.questions)
+    ended = {name: sum(ends[name]) / len(ends[name]) for name in players}
+    rows = {ALL_ROWS[split]: cells for split, cells in table.items()}
+    print_table("right answers, %", {**rows, "replies that end by themselves": ended})
+    print(f"{cfg.questions} questions per row")
     return dict(table=table, ends=ended)
 
 

@@ -606,8 +606,9 @@ def ask_other(kind: str, rng: random.Random, test: bool = False, unseen: bool = 
 
 # -- documents ------------------------------------------------------------------------------------
 
-def document(rng: random.Random) -> str:
-    """A paragraph of plain text for pre-training, without questions or roles."""
+def document(rng: random.Random, times_told: int = 3) -> str:
+    """A paragraph of plain text for pre-training, without questions or roles. `times_told`: how
+    often a scene is told."""
     style = rng.random()
     if style < 0.14:
         return " ".join(fact(name, rng) for name in rng.sample(PEOPLE, rng.randint(2, 5)))
@@ -617,7 +618,7 @@ def document(rng: random.Random) -> str:
         return number_document(rng)
     if style < 0.28:
         return odd_document(rng)
-    return scene_document(rng)
+    return scene_document(rng, times_told)
 
 
 FACT_FORMS = (
@@ -670,16 +671,16 @@ def odd_document(rng: random.Random) -> str:
         f'To print {word} {n} times, write: for i in range({n}): print("{word}")'))
 
 
-def scene_document(rng: random.Random) -> str:
+def scene_document(rng: random.Random, times_told: int = 3) -> str:
     """A scene described three times, then ten statements about it. Repetition makes more tokens
     predictable; the loss of unpredictable ones is noise that hides the signal for retrieval."""
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
-    lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(3)]
+    lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(times_told)]
     # Places are most frequent, since they are learned last: five statements in eleven.
     kinds = ("where", "color", "where", "size", "where", "at", "where", "color", "where", "shape",
              "at")
     turn = rng.randrange(len(kinds))
-    while len(lines) < 13:
+    while len(lines) < times_told + 10:
         kind, o = kinds[turn % len(kinds)], rng.choice(scene)
         turn += 1
         if kind == "at":
@@ -854,10 +855,10 @@ MAX_DETOUR = 14  # with up to four other rounds, a conversation has about 510 to
 
 
 def converse(rng: random.Random, split: str = "train", rounds: int | None = None,
-             detour: int = 0) -> Item:
-    """A conversation of `rounds` rounds (2 to 5 if None) with full answers, up to its last
-    question. With a detour, the first round tells the scene, and as many more rounds follow it that
-    are about something else."""
+             detour: int = 0, short: bool = False) -> Item:
+    """A conversation of `rounds` rounds (2 to 5 if None) with full answers (or terse ones, if
+    `short`), up to its last question. With a detour, the first round tells the scene, and as many
+    more rounds follow it that are about something else."""
     scene = pick_scene(rng, split if split in ("scenes", "pairs", "more") else "train")
     d = Dialogue(rng, split, scene, (rounds or rng.randint(2, 5)) + detour, detour=detour)
     while True:
@@ -871,24 +872,29 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
         if d.is_last():
             return Item([*d.turns, ["user", asked]], q, split, later, d.told)
         d.move_focus(q)
-        d.add_round(asked, q.full)
+        d.add_round(asked, q.short if short else q.full)
 
 
-def conversation(rng: random.Random) -> dict:
+def conversation(rng: random.Random, one_round: bool = False, short: bool = False) -> dict:
     """A ShareGPT record: a few rounds with full answers. One in five makes a long detour after the
     scene is told. In one in four, the user sends symbols without a question and gets alt-text back,
-    as in the first stage of MiniGPT-4's training."""
+    as in the first stage of MiniGPT-4's training. toy/claims.py asks for a single round, or for
+    terse answers."""
     style = rng.random()
     if style < 0.25:
         scene = pick_scene(rng)
         reply = alt_text(scene, rng).lower()
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
-        if style < 0.45:
-            item = converse(rng, rounds=rng.randint(2, 4), detour=rng.randint(1, MAX_DETOUR))
+        if one_round:
+            item = converse(rng, rounds=1, short=short)
+        elif style < 0.45:
+            item = converse(rng, rounds=rng.randint(2, 4), detour=rng.randint(1, MAX_DETOUR),
+                            short=short)
         else:
-            item = converse(rng)
-        turns = [*item.turns, ["assistant", item.question.full]]
+            item = converse(rng, short=short)
+        answer = item.question.short if short else item.question.full
+        turns = [*item.turns, ["assistant", answer]]
     speaker = dict(user="human", assistant="gpt")
     return dict(conversations=[{"from": speaker[role], "value": text} for role, text in turns])
 
