@@ -91,7 +91,8 @@ def main(cfg: BugsConfig) -> dict:
         return dict(what=bug.what)
     path = Path(cfg.out) / f"bug{cfg.week}_{cfg.seed}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(buggy_week(bug, str(path)), encoding="utf-8")
+    if not path.exists():  # it may hold somebody's notes
+        path.write_text(buggy_week(bug, str(path)), encoding="utf-8")
     print(f"{path} has one bug (of the {len(bugs)} of week {cfg.week}). Read it, then run\n"
           f"  python -m pytest --impl={path} -m week{cfg.week}\n"
           f"The answer: python -m course.bugs --week={cfg.week} --seed={cfg.seed} --reveal")

@@ -122,7 +122,8 @@ HEADER = '''"""Week {week}: {title}.
 
 tests the functions below. Write one in place of its `raise NotImplementedError`, and run the tests
 again. A function that still raises it is not tested, and ours is used in its place. Read
-docs/course.md first, and read a hint only if the one before it was not enough.
+docs/course.md first, and read a hint only if the one before it was not enough. Numbers such as [2]
+refer to the papers at the top of the source file.
 """'''
 
 
@@ -145,11 +146,17 @@ def week_file(week: int, path: str, solved: Container[str] = (), header: str = H
 
 
 def class_head(source: Source) -> list[str]:
-    """The first line of a class, its docstring, and a comment that says where the rest is."""
+    """The first line of a class and its docstring; its __init__ as a comment, which says what
+    `self` has."""
     lines, owner = parse(source.module)[0], source.owner
     head = lines[owner.lineno - 1:docstring_end(owner)]
     file = path_of(source.module).relative_to(ROOT)
-    return [*head, f"    # The other methods are ours: {file}, line {owner.lineno}.", ""]
+    head.append(f"    # The other methods are ours: {file}, line {owner.lineno}.")
+    for method in owner.body:
+        if getattr(method, "name", "") == "__init__":
+            head.append("    #")
+            head += [f"    # {line[4:]}" for line in lines[method.lineno - 1:method.end_lineno]]
+    return [*head, ""]
 
 
 def names(week: int) -> list[str]:

@@ -47,8 +47,8 @@ def load(run: Path, name: str = "vicuna") -> tuple[model.LLaMA, data.Tokenizer, 
 
 
 def texts_of(tokenizer: data.Tokenizer, tokens) -> list[str]:
-    """The text of each token, so that every token can be seen."""
-    return [data.spell(tokenizer, [token]).replace("\n", "\\n") or "' '" for token in tokens]
+    """The text of each token on one line, as `data.py show` spells it."""
+    return [show.spell_one(tokenizer, token).replace("\n", "") for token in tokens]
 
 
 def held_out_conversation(rounds: int) -> data.Conversation:

@@ -2,9 +2,8 @@
 
 This table is the only part of the exercises that is written by hand; tests/test_course.py checks it
 against the code. A check is a test function, in the module's own test file unless a file is named.
-An exercise is solved when all its checks pass. A red check that it shares does not count if another
-exercise explains it by a red check of its own. Our own choices, such as the initialization, are not
-checked.
+In the checks of an exercise, all other functions are ours, and it is solved when all of them pass.
+Our own choices, such as the initialization, are not checked.
 """
 
 import functools
@@ -89,12 +88,13 @@ WEEKS = {
             "test_rmsnorm_computes_in_fp32 test_equals_golden_values", (
                 "Equation 4 of the paper, without a mean: x / rms(x) * weight.",
                 "rms(x) = sqrt(mean(x^2) + eps) over the last dimension. Compute it in fp32.",
-                "y = x.float(); torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps); back to "
-                "x's type before the weight.")),
+                "y = x.float(); torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps); then "
+                ".type_as(x) for the result and for the weight, and their product.")),
         Exercise(
             "model.rope_table",
             "test_rope_rotates_neighbors test_equals_golden_values "
-            "test_weeks.py::test_rope_by_hand", (
+            "test_weeks.py::test_rope_table_by_hand test_weeks.py::test_rope_knows_distances_only",
+            (
                 "One angle for each position and each pair: (seq_len, D/2).",
                 "The frequencies are theta^(-2i/D): the first pair turns by one radian a token, "
                 "later pairs more and more slowly.",
@@ -102,7 +102,8 @@ WEEKS = {
         Exercise(
             "model.apply_rope",
             "test_rope_rotates_neighbors test_equals_golden_values "
-            "test_weeks.py::test_rope_by_hand test_weeks.py::test_rope_knows_distances_only", (
+            "test_weeks.py::test_apply_rope_by_hand test_weeks.py::test_rope_knows_distances_only",
+            (
                 "Neighbors x[2i], x[2i+1] are a point in the plane, which is turned.",
                 "(a, b) becomes (a cos - b sin, a sin + b cos). All heads turn alike.",
                 "x.float().unflatten(-1, (-1, 2)).unbind(-1) gives a and b; cos.unsqueeze(-2) "
@@ -112,8 +113,9 @@ WEEKS = {
                 "The same rotation as in apply_rope, as one multiplication.",
                 "A pair (a, b) is the complex number a + ib; turning it by an angle multiplies it "
                 "by cos + i sin.",
-                "torch.view_as_complex of (T, H, D/2, 2) times torch.polar(1, angles), then "
-                "torch.view_as_real. Positions are divided by c.rope_scaling.")),
+                "Angles are (T, 1, D/2), the same for all heads; positions are divided by "
+                "c.rope_scaling. torch.view_as_complex of (T, H, D/2, 2) times "
+                "torch.polar(torch.ones_like(angles), angles), then torch.view_as_real.")),
         Exercise(
             "model.FeedForward.forward",
             "test_weeks.py::test_swiglu_by_hand test_equals_golden_values", (
@@ -126,8 +128,8 @@ WEEKS = {
                 "Two steps, and each adds its output to x.",
                 "Pre-norm: what goes into attention and feed-forward is normalized; x itself is "
                 "not.",
-                "x + self.attention(self.attention_norm(x), ...), then the same with feed_forward "
-                "of the new x.")),
+                "x + self.attention(self.attention_norm(x), cos, sin, ...), then the same with "
+                "ffn_norm and feed_forward on the new x.")),
         Exercise(
             "model.count_parameters", "test_published_sizes", (
                 "A model of 65 B parameters can be built without allocating any.",
@@ -189,7 +191,8 @@ WEEKS = {
             "model.LLaMA.generate_textbook",
             "test_stop test_weeks.py::test_greedy_decoding_by_hand", (
                 "Read the prompt once, then one token at a time with a cache.",
-                "The next token is the argmax of the last position's logits.",
+                "self.new_cache([prompt], length) makes the cache. The next token is the argmax of "
+                "the last position's logits.",
                 "After a yield, the next input is that token alone, as (1, 1). Stop after `stop` "
                 "was yielded, or when the context is full.")),
     ]),
@@ -210,9 +213,11 @@ WEEKS = {
             "test_micro_batches_do_not_change_the_gradient "
             "test_packed_conversations_are_trained_on_as_if_they_were_alone", (
                 "The loss of a step is one sum over all its supervised tokens, divided once.",
-                "Count first, over all micro-batches and processes (machine.total). Then call "
-                "backward for each micro-batch, on its sum divided by that count.",
-                "FSDP averages gradients over machine.world processes, so multiply by it. "
+                "Count first: model.count_targets of every micro-batch, then machine.total(n)[0] "
+                "over all processes. Then call backward for each micro-batch, on its sum divided "
+                "by that count.",
+                "FSDP averages gradients over machine.world processes, so multiply by it. Under "
+                "machine.autocast(), "
                 "net.nll(tokens, labels, *images, segments=segments) gives (sum, count).")),
         Exercise(
             "train_sft.clip_gradients", "test_weeks.py::test_clipping_keeps_the_direction", (
@@ -310,8 +315,8 @@ WEEKS = {
             "test_positions_restart_in_each_segment", (
                 "A token attends to itself and to earlier tokens of its own segment.",
                 "A position is the index minus that of the first token of its segment.",
-                "Put the index where a segment begins and 0 elsewhere; cummax carries it on. The "
-                "mask gets a dimension for the heads.")),
+                "Put the index where a segment begins and 0 elsewhere; cummax carries it on. "
+                "Positions are (B, T), the mask (B, 1, T, T), with 1 for the heads.")),
     ]),
     6: Week("sampling and LoRA", [
         Exercise(
@@ -422,14 +427,18 @@ WEEKS = {
             "test_a_second_turn_shows_the_first_answer_and_an_interrupted_run_resumes", (
                 "The question's turns so far, with the player's own replies between them.",
                 "len(replies) says which turn comes now.",
-                "data.Turn for each; extra holds the truth of this turn and the image.")),
+                "data.Turn for each; extra=dict(question=..., image=q.image), where the question "
+                "is q.truths of this turn, or None.")),
         Exercise(
             "judge.judge_prompt",
             "test_prompts_have_the_published_structure test_prompts_from_a_published_file", (
-                "The record's prompt_template has four fields; FIELDS matches them.",
-                "All fields are filled in one pass: answers may contain braces.",
+                'The record is prompts[q.category], or else prompts["general"]. FIELDS matches the '
+                "four fields of its prompt_template.",
+                'All fields are filled in one pass: answers may contain braces. "prompt" is '
+                'record["defaults"]["prompt"].',
                 "FIELDS.sub with a function that looks up match[1]. Several turns: in_turns, and "
-                "one more sentence of instruction. References: for categories in REFERENCED.")),
+                "one more sentence of instruction. References: for categories in REFERENCED. extra "
+                "has question (the last truth) and answers (the last text of each).")),
         Exercise(
             "judge.read_pair", "test_scores_are_read_as_a_person_would_and_not_guessed", (
                 "The PAIR pattern must match the whole line.",
@@ -444,24 +453,29 @@ WEEKS = {
                 "type(v) in (int, float).")),
         Exercise(
             "tools.report.outcome", "test_weeks.py::test_a_win_must_hold_in_both_orders", (
-                "One review, or two, of which the second saw the answers the other way round.",
+                "One review, or two, of which the second saw the answers the other way round. The "
+                "keys: verdict, agree, swapped (were there two?), position, scores (their means), "
+                "reviews (their texts).",
                 "Swap the scores of the second one back first. Then: who wins in each?",
                 "Equal winners are the verdict, else it is a tie; position is the second winner "
                 "minus the first.")),
         Exercise(
             "tools.report.agreement",
             "test_judge.py::test_agreement_with_and_without_ties", (
-                "Two setups of the paper: all votes, and those without ties.",
+                "Two setups of the paper: all votes (keys n, all), and those without ties "
+                "(n_decided, decided).",
                 "A vote is -1, 0 or 1, and 0 is a tie.",
                 "A pair is decided if neither is 0.")),
         Exercise(
             "tools.report.ratio", "test_weeks.py::test_a_ratio_and_its_interval", (
-                "A sum over a sum, and how much it would vary with other questions.",
+                "A sum over a sum, and how much it would vary with other questions: the keys are "
+                "value, low, high.",
                 "Add up the rows of each question first; resample questions, not rows.",
                 "rng.integers(n, size=(2000, n)) draws questions; percentiles 2.5 and 97.5.")),
         Exercise(
             "tools.report.biases", "test_weeks.py::test_biases_by_hand", (
-                "Every figure is a ratio over some of the rows.",
+                "A ratio over some of the rows is each of consistent, first, second, position, "
+                "longer_wins, length; an agreement is each of truth, people, people_people.",
                 "Length bias is measured only over equally right answers reviewed in both orders, "
                 "since nothing else there speaks for one of them.",
                 "verdict * longer is 1 if the longer wins, -1 if the shorter does.")),
@@ -519,7 +533,7 @@ WEEKS = {
             "vision.MiniGPT4.encode",
             "test_files_pixels_and_features_give_the_same_vectors test_generate_about_pictures", (
                 "Pixels have four dimensions, features three.",
-                "Only pixels go through the frozen encoder.",
+                "Only pixels go through the frozen encoder, self.features.",
                 "self.llama_proj, then (N, Q, C) -> (N * Q, C).")),
         Exercise(
             "model.LLaMA.embed",
@@ -560,9 +574,10 @@ WEEKS = {
         Exercise(
             "tools.quantize.int4_operands", "test_fast_kernel_equals_readable_body", (
                 "torch's kernel computes x ((code - 8) * scale + zero)^T for 16 * n rows.",
-                "Eight bits take two products: code = 16 * high + low.",
-                "low = code & 15 has scale d and needs zero = 8 d; high is signed, so the kernel "
-                "gets high + 8 with scale 16 d.")),
+                "decode gives code - 8, and the kernel wants the code. With zero = 0, its weights "
+                "are ours.",
+                "F.pad rows of blocks; torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, "
+                "2) orders int32 codes (N, K); (d, 0) as bfloat16 (K/32, N, 2), contiguous.")),
         Exercise(
             "tools.quantize.block_type",
             "test_weeks.py::test_vectors_stay_and_the_ends_get_eight_bits", (

@@ -18,6 +18,24 @@ AS_3_AND_4 = """import fcntl, os, sys
 r, w = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
 os.dup2(r, 3), os.dup2(w, 4)
 os.execv(sys.argv[3], sys.argv[3:])"""
+# The lowest contrast of a visible text with what is behind it, which counts as opaque.
+LOWEST_CONTRAST = """(() => {
+    const numbers = color => color.match(/[\\d.]+/g).map(Number);
+    const linear = c => c / 255 <= .04045 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4;
+    const bright = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b) + .05;
+    let lowest = [99, ""];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        let e = node.parentElement;
+        if (!node.data.trim() || !e.checkVisibility()) continue;
+        const text = bright(numbers(getComputedStyle(e).color));
+        while (numbers(getComputedStyle(e).backgroundColor)[3] === 0) e = e.parentElement;
+        const behind = bright(numbers(getComputedStyle(e).backgroundColor));
+        const contrast = Math.max(text, behind) / Math.min(text, behind);
+        if (contrast < lowest[0]) lowest = [contrast, node.data];
+    }
+    return lowest;
+})()"""
 
 
 class Page:

@@ -6,16 +6,19 @@
     pytest --impl=my_course/week2.py -m week2 --report=ada.json     # the same for a grader
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import inspect
 import json
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,9 +28,18 @@ from course.weeks import WEEKS, exercises_by_test, find_test
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the tensors are tiny, and other tests run beside this one
 
+
+class Swap(NamedTuple):
+    """A name of ours that a student's file defines."""
+    owner: type | None  # our class, if it is a single method
+    name: str
+    ours: Any
+    theirs: Any
+
+
 header: list[str] = []
-filled: set[str] = set()  # what the files of --impl define: model.apply_rope, model.RMSNorm.forward
-blank: set[str] = set()  # what they leave open with NotImplementedError
+filled: dict[str, Swap] = {}  # by full name: model.apply_rope, model.RMSNorm.forward
+blank: set[str] = set()  # full names that the files of --impl leave open with NotImplementedError
 
 
 def pytest_addoption(parser):
@@ -50,12 +62,18 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"week{week}: {WEEKS[week].title}")
     if config.getoption("--report") and not (config.getoption("--impl") and weeks_asked(config)):
         raise pytest.UsageError("--report needs --impl=FILE and -m weekN")
+    marks = config.getoption("-m") or ""
+    if config.getoption("--impl") and marks and not (weeks_asked(config) or "not " in marks):
+        raise pytest.UsageError(f"-m {marks}: there are week1 to week{max(WEEKS)}")
     for file in config.getoption("--impl"):  # before the tests are imported
         try:
             header.extend(install(file))
         except pytest.UsageError as error:  # a grader gets a file for everybody
-            write_report(config, dict(score(weeks_asked(config)), error=str(error)))
+            write_report(config, dict(score(exercises_asked(config)), error=str(error)))
             raise
+    for name in exercises_asked(config):
+        if name in filled:
+            switch(name, on=False)
 
 
 def pytest_report_header(config):
@@ -98,7 +116,11 @@ def install(file: str) -> list[str]:
             continue
         full_name = f"{home.__name__}.{name}"
         if inspect.isclass(value) and inspect.isclass(ours) and not is_whole(value, ours):
+            before = dict(vars(ours))
             new, open_ones, strange = graft(value, ours)
+            for method in new:
+                swap = Swap(ours, method, before.get(method), vars(ours)[method])
+                filled[f"{full_name}.{method}"] = swap
             replaced += [f"{full_name}.{method}" for method in new]
             empty += [f"{full_name}.{method}" for method in open_ones]
             unknown += [f"{name}.{method}" for method in strange]
@@ -108,9 +130,10 @@ def install(file: str) -> list[str]:
             setattr(theirs, name, ours)
         else:
             replaced.append(full_name)
-            filled.update(f"{full_name}.{method}" for method in functions_of(value))
+            swap = Swap(None, name, ours, value)
+            for filled_name in (full_name, *(f"{full_name}.{m}" for m in functions_of(value))):
+                filled[filled_name] = swap
             replace_everywhere(ours, value, name)
-    filled.update(replaced)
     blank.update(empty)
     hint = did_you_mean(unknown, modules)
     if not replaced and not empty:
@@ -125,10 +148,20 @@ def install(file: str) -> list[str]:
 
 def replace_everywhere(ours, value, name: str) -> None:
     """In the module that defines it, and where it was imported by name."""
-    others = [module for key, module in sys.modules.items() if key.startswith("impl_")]
+    others = [module for key, module in sys.modules.items() if key.startswith(("impl_", "test_"))]
     for module in (*our_modules().values(), *others):
         if getattr(module, name, None) is ours:
             setattr(module, name, value)
+
+
+def switch(name: str, on: bool) -> None:
+    """Puts the student's function in the place of ours, or ours back."""
+    swap = filled[name]
+    old, new = (swap.ours, swap.theirs) if on else (swap.theirs, swap.ours)
+    if swap.owner:
+        setattr(swap.owner, swap.name, new)
+    else:
+        replace_everywhere(old, new, swap.name)
 
 
 def functions_of(value) -> dict:
@@ -187,14 +220,33 @@ def load(file: str) -> ModuleType:
     sys.path.append(str(path.parent))  # it may import its neighbors
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a student's file may raise anything
+        with time_limit(60):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit, pytest.fail.Exception) as error:  # it may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise pytest.UsageError(f"--impl={file} does not import: {reason}{where}") from None
     return module
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Turns an endless loop into a failure after so many seconds of computing. (Windows does not
+    have this timer.)"""
+    def stop(*_):
+        pytest.fail(f"more than {seconds} seconds: an endless loop?")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def own_names(module: ModuleType) -> dict:
@@ -209,7 +261,8 @@ def own_names(module: ModuleType) -> dict:
 
 # -- partial credit: -m week2 ---------------------------------------------------------------------
 
-outcomes: dict[str, str] = {}  # of every check that was collected
+checks: dict[str, str] = {}  # the exercise of each check, by node id
+outcomes: dict[str, str] = {}  # of every check that was run
 
 
 def weeks_asked(config) -> list[int]:
@@ -219,6 +272,10 @@ def weeks_asked(config) -> list[int]:
         return []
     named = re.findall(r"\bweek(\d+)\b", expression)
     return sorted({int(week) for week in named} & set(WEEKS))
+
+
+def exercises_asked(config) -> list[str]:
+    return [exercise.name for week in weeks_asked(config) for exercise in WEEKS[week].exercises]
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -231,19 +288,47 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_generate_tests(metafunc):
+    """A check of a week runs once for each of its exercises, and is skipped for the blank ones."""
+    if not metafunc.config.getoption("--impl"):
+        return
+    asked, params = exercises_asked(metafunc.config), []
+    for _, exercise in exercises_by_test().get(find_test(metafunc.definition.nodeid), ()):
+        name = exercise.name
+        if name in asked:
+            skip = [] if name in filled else [pytest.mark.skip(reason=f"blank: {name}")]
+            params.append(pytest.param(name, id=name, marks=skip))
+    if params:
+        metafunc.parametrize("exercise", params, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def exercise(request):
+    """In the checks of a week: this exercise is the student's, and all others are ours. So no
+    function turns red because of another one."""
+    name = getattr(request, "param", None)
+    if name is None:
+        yield
+        return
+    switch(name, on=True)
+    with time_limit(10):  # the slowest check takes one second
+        yield
+    switch(name, on=False)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    """Marks the checks of each week. One whose exercises are all blank is skipped."""
-    asked = weeks_asked(config)
+    """Marks the checks of each week. Without -m, a file may hold anything: then a check is skipped
+    if its exercises are blank."""
     for item in items:
         names = set()
         for week, exercise in exercises_by_test().get(find_test(item.nodeid), ()):
             item.add_marker(f"week{week}")
-            if week in (asked or WEEKS):
-                names.add(exercise.name)
-        # Without -m, a file may hold anything; then only what it leaves open is skipped.
-        is_open = names and not names & filled and (asked or names & blank)
-        if config.getoption("--impl") and is_open:
+            names.add(exercise.name)
+        if config.getoption("--impl") and exercises_asked(config):
+            if hasattr(item, "callspec") and "exercise" in item.callspec.params:
+                checks[item.nodeid] = item.callspec.params["exercise"]
+        elif names & blank and not names & filled.keys():
             item.add_marker(pytest.mark.skip(reason=f"blank: {', '.join(sorted(names))}"))
 
 
@@ -252,52 +337,48 @@ def pytest_runtest_logreport(report):
         outcomes[report.nodeid] = report.outcome
 
 
-def score(weeks: list[int]) -> dict:
+def score(names: list[str]) -> dict:
     """How many exercises are solved and how many checks passed, and of each exercise its state:
-    solved, wrong, or blank."""
-    names = [exercise.name for week in weeks for exercise in WEEKS[week].exercises]
-    failed: dict[str, set] = {name: set() for name in names}
-    passed: dict[str, set] = {name: set() for name in names}
-    for node, outcome in outcomes.items():
-        for week, exercise in exercises_by_test().get(find_test(node), ()):
-            if week in weeks and exercise.name in filled and outcome != "skipped":
-                (passed if outcome == "passed" else failed)[exercise.name].add(node)
+    solved, wrong, blank, or "not run" if the run was interrupted."""
     exercises = {}
     for name in names:
-        state = "solved" if passed[name] and not to_blame(name, failed) else "wrong"
-        if name not in filled:
-            state = "blank"
-        exercises[name] = dict(state=state, failed=sorted(failed[name]))
+        mine = {node: outcomes.get(node, "not run") for node, of in checks.items() if of == name}
+        failed = sorted(node for node, outcome in mine.items() if outcome == "failed")
+        exercises[name] = dict(state=state_of(name, set(mine.values())), failed=failed)
     return dict(
-        weeks=weeks, exercises=exercises, n_exercises=len(exercises),
+        exercises=exercises, n_exercises=len(exercises),
         solved=sum(e["state"] == "solved" for e in exercises.values()),
-        n_checks=len(outcomes), passed=sum(o == "passed" for o in outcomes.values()))
+        n_checks=len(checks), passed=sum(outcomes.get(node) == "passed" for node in checks))
 
 
-def to_blame(name: str, failed: dict[str, set]) -> bool:
-    """Has this exercise a red check that no other one explains? A check that several share is
-    explained by one of them that is red elsewhere, too."""
-    for node in failed[name]:
-        if not any(node in theirs and theirs - failed[name] for theirs in failed.values()):
-            return True
-    return False
+def state_of(name: str, results: set[str]) -> str:
+    """The state of an exercise, given the outcomes of its checks."""
+    if name not in filled:
+        return "blank"
+    if "failed" in results:
+        return "wrong"
+    return "solved" if "passed" in results and "not run" not in results else "not run"
 
 
 def write_report(config, figures: dict) -> None:
     if config.getoption("--report") and not hasattr(config, "workerinput"):  # once under xdist
-        text = json.dumps(dict(files=config.getoption("--impl"), **figures), indent=1)
+        asked = dict(files=config.getoption("--impl"), weeks=weeks_asked(config), notes=header)
+        text = json.dumps(asked | figures, indent=1)
         Path(config.getoption("--report")).write_text(text + "\n", encoding="utf-8")
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--impl") or not weeks_asked(config):
         return
-    figures = score(weeks_asked(config))
+    figures = score(exercises_asked(config))
     write_report(config, figures)
     terminalreporter.section("partial credit")
     for name, exercise in figures["exercises"].items():
         tests = sorted({find_test(node).split("::")[1] for node in exercise["failed"]})
-        failed = f": {', '.join(tests)}" if tests and exercise["state"] == "wrong" else ""
+        failed = f": {', '.join(tests)}" if tests else ""
         terminalreporter.line(f"{exercise['state']:<7} {name}{failed}")
+    for line in header:
+        if "not ours" in line:  # a misspelled name counts as blank
+            terminalreporter.line(line)
     terminalreporter.line(f"{figures['solved']} of {figures['n_exercises']} exercises, "
                           f"{figures['passed']} of {figures['n_checks']} checks")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -97,7 +98,11 @@ def apply_rope(x, cos, sin):
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
-def rope_tabel(seq_len):
+def rope_table(seq_len, head_dim, theta=10000.0, scaling=1.0):
+    freqs = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    torch.outer(torch.arange(seq_len) / scaling, freqs)
+
+def rotat(x, c):
     pass
 
 def count_parameters(config):
@@ -106,9 +111,9 @@ def count_parameters(config):
 
 
 def test_a_students_file_as_she_runs_it(tmp_path):
-    """A wrong method, a right function, a blank one, two misspelled names, and an initialization of
-    her own, which is no condition. The right function shares a check with the wrong method, which
-    is red in another one, too, and so explains it."""
+    """A wrong method, a function that returns nothing, a right one, a blank one, two misspelled
+    names, and an initialization of her own, which is no condition. The right function shares checks
+    with the wrong ones, and counts nevertheless: in its checks, they are ours."""
     (tmp_path / "ada.py").write_text(ADA)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", f"--impl={tmp_path}/ada.py", "-m", "week2",
@@ -116,27 +121,54 @@ def test_a_students_file_as_she_runs_it(tmp_path):
     said = done.stdout
     assert done.returncode == 1
     assert ("replaces model.RMSNorm.forward, model.LLaMA.init_weights, model.LLaMA.train, "
-            "model.apply_rope; all else is ours") in said, said[:2000]
+            "model.apply_rope, model.rope_table; all else is ours") in said, said[:2000]
     assert "still blank, so ours are used: model.count_parameters" in said
-    assert ("not ours, so not tested: RMSNorm.foward, rope_tabel; did you mean RMSNorm.forward, "
-            "rope_table?") in said
+    assert said.count("not ours, so not tested: RMSNorm.foward, rotat; did you mean "
+                      "RMSNorm.forward, rotate?") == 2, "at the beginning, and beside the score"
     assert ("wrong   model.RMSNorm.forward: test_equals_golden_values, "
             "test_rmsnorm_eps_is_inside_the_root\n") in said, said[-2000:]
+    assert "wrong   model.rope_table: " in said
     assert "solved  model.apply_rope\n" in said
-    assert "1 of 7 exercises, 5 of 14 checks\n" in said, said[-2000:]
+    assert "1 of 7 exercises, 6 of 21 checks\n" in said, said[-2000:]
     figures = json.loads((tmp_path / "ada.json").read_text())
     assert states(figures)["model.apply_rope"] == "solved" and figures["weeks"] == [2]
     assert states(figures)["model.count_parameters"] == "blank"
+    assert "did you mean" in figures["notes"][-1]
+
+
+@pytest.mark.parametrize("marks", ["weak2", "week22"])
+def test_a_misspelled_week_is_an_error(marks):
+    """Every test file was imported, and then nothing was run."""
+    with pytest.raises(pytest.UsageError, match=f"-m {marks}: there are week1 to week10"):
+        configure(impl=["week2.py"], m=marks)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
+def test_an_endless_loop_is_a_failure():
+    """Without a limit, the lecturer's time-out ended the whole run, and there was no report."""
+    with pytest.raises(pytest.fail.Exception, match="an endless loop"), conftest.time_limit(0.05):
+        while True:
+            pass
+
+
+def test_the_file_says_what_self_has():
+    """The name of a block's second norm, ffn_norm, was found only beside the solution."""
+    last = "    #     self.ffn_norm = RMSNorm(config.dim, config.norm_eps)\n"
+    assert f"{last}\n    def forward" in exercises.week_file(2, "")
+
+
+def configure(**options) -> None:
+    """pytest's configuration with these options."""
+    options = {"-m": options.pop("m"), **{f"--{name}": value for name, value in options.items()}}
+    config = SimpleNamespace(getoption=options.get, addinivalue_line=lambda *_: None)
+    conftest.pytest_configure(config)
 
 
 def test_a_file_that_does_not_import_still_gets_a_report(tmp_path):
     """A grader who reads one report for everybody must find one."""
     (tmp_path / "bob.py").write_text("def f(:\n")
-    options = {"--impl": [str(tmp_path / "bob.py")], "-m": "week2",
-               "--report": str(tmp_path / "bob.json")}
-    config = SimpleNamespace(getoption=options.get, addinivalue_line=lambda *_: None)
     with pytest.raises(pytest.UsageError):
-        conftest.pytest_configure(config)
+        configure(impl=[str(tmp_path / "bob.py")], m="week2", report=str(tmp_path / "bob.json"))
     figures = json.loads((tmp_path / "bob.json").read_text())
     assert "SyntaxError" in figures["error"] and figures["solved"] == 0
 
@@ -184,6 +216,9 @@ def test_every_week_has_bugs_to_find(week, tmp_path, capsys):
         what = bugs.main(bugs.BugsConfig(week, seed, reveal=True))["what"]
         assert what not in text and what in capsys.readouterr().out
     assert len(found) == n, "two seeds give the same bug"
+    (tmp_path / f"bug{week}_0.py").write_text("my notes")
+    bugs.main(bugs.BugsConfig(week, 0, out=str(tmp_path)))
+    assert (tmp_path / f"bug{week}_0.py").read_text() == "my notes"
 
 
 # -- plots ----------------------------------------------------------------------------------------
@@ -210,6 +245,13 @@ def run_folder(tmp_path_factory):
     meta = dict(step=1, template="vicuna_v1.1", settings=settings)
     checkpoint.save(run / "minigpt4", eyes, meta, tokenizer, weights=projection)
     return run
+
+
+def test_tokens_on_an_axis():
+    """A part of a character was drawn as a replacement character, one like the other."""
+    tokenizer = data.Tokenizer(checkpoint.load(MICRO)[1])
+    texts = plots.texts_of(tokenizer, tokenizer.encode("🙂\n", continues=True))
+    assert texts == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "↵"]
 
 
 def test_every_plot_is_drawn(run_folder, tmp_path):

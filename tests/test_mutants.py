@@ -678,7 +678,8 @@ def test_one_class_of_a_student(start, tmp_path, test, status):
     (None, "no such file"), ("class RMSNrom: pass", "none of our names; did you mean RMSNorm?"),
     ("def f(:\n", "SyntaxError"),
     ("import torch\n\n1 / 0\n", r"ZeroDivisionError: division by zero \(line 3\)"),
-    ("raise SystemExit(3)", "SystemExit")])
+    ("raise SystemExit(3)", "SystemExit"),
+    ("import pytest\npytest.fail('an endless loop?')\n", r"an endless loop\? \(line 2\)")])
 def test_impl_says_what_is_wrong(tmp_path, text, message):
     file = tmp_path / "homework.py"
     if text is not None:

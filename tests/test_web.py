@@ -549,7 +549,8 @@ def test_pictures_dropped_and_pasted(page):
 
 @pytest.mark.parametrize("width", [390, 1400])
 def test_the_page_fits_a_phone_and_a_desk(page, width):
-    """Nothing is cut off at the right, and the input is on the screen, with the panel open, too."""
+    """Nothing is cut off at the right, and the input is on the screen, with the panel open, too.
+    Words with much attention were light on light in the dark scheme."""
     page.resize(width, 844)
     page.run("get('system').value = ''")
     say(page, "cat " * 30)
@@ -558,6 +559,10 @@ def test_the_page_fits_a_phone_and_a_desk(page, width):
         assert page.run("get('rounds').scrollWidth <= get('rounds').clientWidth")
         page.click(".token")
         page.until("!!seen")
+    for scheme in ("light", "dark"):
+        page.resize(width, 844, scheme)
+        lowest, text = page.run(browser.LOWEST_CONTRAST)
+        assert lowest >= 4.5, f"{scheme}: {text}"
     assert page.run("get('inside').getBoundingClientRect().right <= innerWidth")
     page.click("#close")
     box = page.run("get('send').getBoundingClientRect().toJSON()")

@@ -24,15 +24,19 @@ MACHINE = machine.Machine("cpu", torch.float32, 1e11)
 
 # -- week 2 ---------------------------------------------------------------------------------------
 
-def test_rope_by_hand():
+def test_rope_table_by_hand():
     """At position 1 the first pair has turned by one radian, the second by 1/10 (theta = 100)."""
     cos, sin = model.rope_table(2, 4, 100.0)
     assert cos.shape == sin.shape == (2, 2), "one angle for each position and pair"
-    x = torch.tensor([1.0, 0, 0, 2]).expand(1, 2, 1, 4)
-    first, second = model.apply_rope(x, cos, sin)[0, :, 0]
-    close(first, torch.tensor([1.0, 0, 0, 2]), "position 0 is not turned")
-    turned = [math.cos(1), math.sin(1), -2 * math.sin(0.1), 2 * math.cos(0.1)]
-    close(second, torch.tensor(turned), "(a cos - b sin, a sin + b cos)")
+    close(cos, torch.tensor([[1, 1], [math.cos(1), math.cos(0.1)]]), "the cosines")
+    close(sin, torch.tensor([[0, 0], [math.sin(1), math.sin(0.1)]]), "the sines")
+
+
+def test_apply_rope_by_hand():
+    """A quarter turn takes (1, 2) to (-2, 1); no turn leaves (3, 4) where it is."""
+    cos, sin = torch.tensor([[0.0, 1]]), torch.tensor([[1.0, 0]])
+    got = model.apply_rope(torch.tensor([[[[1.0, 2, 3, 4]]]]), cos, sin)
+    close(got, torch.tensor([[[[-2.0, 1, 3, 4]]]]), "(a cos - b sin, a sin + b cos)")
 
 
 def test_rope_knows_distances_only():
@@ -46,11 +50,16 @@ def test_rope_knows_distances_only():
 
 
 def test_rope_as_complex_numbers():
-    """inside.rotate and apply_rope are two forms of one rotation, also with scaled positions."""
+    """At position t, pair i has turned by t / 2 * 100^(-2i/8): theta is 100, positions are halved.
+    """
     c = model.LLaMAConfig(dim=16, n_heads=2, rope_theta=100.0, rope_scaling=2.0)
     x = torch.randn(9, 2, 8)
-    cos, sin = model.rope_table(9, 8, 100.0, 2.0)
-    close(inside.rotate(x, c), model.apply_rope(x[None], cos, sin)[0], "not the same rotation")
+    got = inside.rotate(x, c)
+    for t in range(9):
+        for i in range(4):
+            a, b, angle = x[t, :, 2 * i], x[t, :, 2 * i + 1], t / 2 * 100 ** (-2 * i / 8)
+            close(got[t, :, 2 * i], a * math.cos(angle) - b * math.sin(angle), "the real part")
+            close(got[t, :, 2 * i + 1], a * math.sin(angle) + b * math.cos(angle), "the imaginary")
 
 
 def test_swiglu_by_hand():
