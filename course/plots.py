@@ -251,7 +251,7 @@ def losses(run: Path):
              yscale="log")
     left.legend()
     middle.set(title="right answers while training, %", xlabel="step", ylim=(0, 100))
-    middle.legend()
+    middle.legend(loc="center right")
     table = json.loads((run / "table.json").read_text(encoding="utf-8"))["table"]
     rows = dict(scenes="held-out\nscenes", pairs="held-out\npairs", later="earlier\nturns")
     for i, player in enumerate(("base", "Alpaca", "Vicuna", "no scene")):
