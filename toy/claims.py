@@ -222,7 +222,7 @@ def lora(lab: Lab, results: Results) -> None:
        equal="the model and the questions",
        control="the same model in float32",
        expect="q8 and bfloat16 cost nothing, q4 at most 5 points",
-       minutes=2, columns=dict(right="right, %", perplexity="perplexity", kl="KL, nats",
+       minutes=1, columns=dict(right="right, %", perplexity="perplexity", kl="KL, nats",
                                same_top="same top token, %", megabytes="MB"),
        holds=[More("q4", "fp32", by=-5), More("q8", "fp32", by=-5), More("bf16", "fp32", by=-5)])
 def four_bits(lab: Lab, results: Results) -> None:
@@ -261,7 +261,7 @@ def projection(lab: Lab, results: Results) -> None:
        equal="the model after stage 1, and the steps beyond it",
        control="as many more steps of stage 1",
        expect="most failures are gone after 100 steps; more of stage 1 does not cure them",
-       minutes=12, columns=SEEING,
+       minutes=5, columns=SEEING,
        holds=[More("stage 1", "100 steps of stage 2", by=10, column="fails"),
               More("stage 1", "400 steps of stage 2", by=20, column="fails"),
               More("400 more of stage 1", "400 steps of stage 2", column="fails")])
@@ -279,7 +279,7 @@ def stage_two(lab: Lab, results: Results) -> None:
        equal="questions, answers and scores",
        control="a judge without bias; one that prefers the longer answer, in any order",
        expect="a lean of 100 points to the first answer becomes 0; the longer answer still wins",
-       minutes=3, columns=dict(agrees="agrees with the truth, %", leans="leans to the first, %"),
+       minutes=1, columns=dict(agrees="agrees with the truth, %", leans="leans to the first, %"),
        holds=[More("prefers the first, both orders", "prefers the first, one order"),
               More("fair, both orders", "prefers the longer, both orders"),
               More("small model, about scenes", "small model, sums")])
@@ -304,7 +304,7 @@ def judge(lab: Lab, results: Results) -> None:
        equal="records, steps, and the teacher",
        control="the same instructions before they evolve (simple)",
        expect="evolved wins on harder questions, and loses nothing on simple ones",
-       minutes=14, columns=dict(harder="harder questions, %", simple="simple questions, %"),
+       minutes=5, columns=dict(harder="harder questions, %", simple="simple questions, %"),
        holds=[More("evolved", "simple"), More("evolved", "simple", by=-5, column="simple")])
 def evolved(lab: Lab, results: Results) -> None:
     variants = dict(world="the world's own", seeds="175 tasks", simple="Self-Instruct",
@@ -326,7 +326,7 @@ def evolved(lab: Lab, results: Results) -> None:
        equal="steps and tokens of pre-training",
        control="one of the three is as usual: AdamW, normal weights, scenes told once",
        expect="each helps; 10% is chance, 50% if only the two colors of the scene are known",
-       minutes=12, columns=dict(retrieved="color retrieved, %"),
+       minutes=10, columns=dict(retrieved="color retrieved, %"),
        holds=[More("all three", "AdamW"), More("all three", "normal initialization"),
               More("all three", "told once")])
 def retrieval(lab: Lab, results: Results) -> None:
