@@ -28,7 +28,7 @@ import vision
 from tools import checkpoint, config, inside, quantize, show
 from tools.config import UserError, refuse_unused
 from tools.run import read_metrics
-from toy import pictures, world
+from toy import exam, pictures, world
 
 GREEN, GRAY = "#4caf50", "#d9d9d9"
 
@@ -240,10 +240,7 @@ def losses(run: Path):
     if not logs or not (run / "table.json").exists():
         raise UserError(f"{run} has no metrics.jsonl or no table.json; run `python train_sft.py`")
     for name, lines in logs.items():
-        curve = [line["loss"] for line in lines]
-        width = max(1, len(curve) // 50)
-        smooth = np.convolve(curve, np.ones(width) / width, "valid")
-        left.plot(np.arange(len(smooth)) + width - 1, smooth, label=name)
+        left.plot(*exam.smoothed([line["loss"] for line in lines]), label=name)
         asked = [line for line in lines if "accuracy" in line]
         middle.plot([line["step"] + 1 for line in asked],
                     [100 * line["accuracy"] for line in asked], marker=".", label=name)

@@ -257,6 +257,13 @@ def watcher(tokenizer: data.Tokenizer, template: str) -> Callable:
     return watch
 
 
+def smoothed(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """A curve to draw: steps, and the mean of the losses up to each, over a fiftieth of all."""
+    width = max(1, len(losses) // 50)
+    means = np.convolve(losses, np.ones(width) / width, "valid")
+    return np.arange(width - 1, len(losses)), means
+
+
 def plot_losses(out: Path) -> None:
     """Loss curves of all stages as out/loss.png, if matplotlib is installed."""
     try:
@@ -270,9 +277,7 @@ def plot_losses(out: Path) -> None:
         loss = [line["loss"] for line in read_metrics(log)]
         if not loss:  # it was killed before the first step was saved
             continue
-        width = max(1, len(loss) // 50)
-        smooth = np.convolve(loss, np.ones(width) / width, "valid")
-        axes.plot(np.arange(len(loss))[width - 1:], smooth, label=log.parent.name)
+        axes.plot(*smoothed(loss), label=log.parent.name)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
     print(f"loss curves: {out / 'loss.png'}")

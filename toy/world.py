@@ -672,7 +672,7 @@ def odd_document(rng: random.Random) -> str:
 
 
 def scene_document(rng: random.Random, times_told: int = 3) -> str:
-    """A scene described three times, then ten statements about it. Repetition makes more tokens
+    """A scene told several times, then ten statements about it. Repetition makes more tokens
     predictable; the loss of unpredictable ones is noise that hides the signal for retrieval."""
     scene = pick_scene(rng, n=1 if rng.random() < 0.1 else 2)
     lines = [tell(tuple(rng.sample(scene, len(scene))), rng) for _ in range(times_told)]
@@ -886,13 +886,12 @@ def conversation(rng: random.Random, one_round: bool = False, short: bool = Fals
         reply = alt_text(scene, rng).lower()
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
+        rounds, detour = None, 0
         if one_round:
-            item = converse(rng, rounds=1, short=short)
+            rounds = 1
         elif style < 0.45:
-            item = converse(rng, rounds=rng.randint(2, 4), detour=rng.randint(1, MAX_DETOUR),
-                            short=short)
-        else:
-            item = converse(rng, short=short)
+            rounds, detour = rng.randint(2, 4), rng.randint(1, MAX_DETOUR)
+        item = converse(rng, rounds=rounds, detour=detour, short=short)
         answer = item.question.short if short else item.question.full
         turns = [*item.turns, ["assistant", answer]]
     speaker = dict(user="human", assistant="gpt")
