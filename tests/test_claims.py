@@ -1,5 +1,5 @@
 """Tests of toy/claims.py and toy/lab.py: variants differ in what they say, the verdict follows from
-the figures, and the same command resumes."""
+the metrics, and the same command resumes."""
 
 import json
 import random
@@ -65,12 +65,12 @@ def test_refused(options, message):
 
 class NotingLab:
     """Stands in for a Lab: notes what it is asked. A model is the path that tells how it was made;
-    each measure has figures of its own."""
-    MEASURES = dict(examine=("right", "scenes", "pairs", "later", "facts"),
-                    retrieved=("retrieved",), ranked_facts=("ranked", "asked"),
-                    judged=("agrees", "leans"), judged_by_model=("agrees",),
-                    train_minigpt4=("described", "answered", "fails"),
-                    continue_stage=("described", "answered", "fails"))
+    each evaluation has metrics of its own."""
+    EVALUATIONS = dict(examine=("right", "scenes", "pairs", "later", "facts"),
+                       retrieve=("retrieved",), rank_facts=("ranked", "asked"),
+                       judge_by_oracle=("agrees", "leans"), judge_by_likelihood=("agrees",),
+                       examine_architecture=("described", "answered", "fails"),
+                       examine_after=("described", "answered", "fails"))
     sizes, seed, out, files = train_sft.TOY, 0, Path("out"), dict(alpaca="alpaca.json")
 
     def __init__(self):
@@ -82,8 +82,8 @@ class NotingLab:
     def __getattr__(self, name: str):
         def call(*args, **options):
             self.asked.append((name, args, options))
-            if name in self.MEASURES:
-                return dict.fromkeys(self.MEASURES[name], 0.5) | dict(questions=100)
+            if name in self.EVALUATIONS:
+                return dict.fromkeys(self.EVALUATIONS[name], 0.5) | dict(questions=100)
             if name in ("held_out_loss", "steps_of_equal_flops"):
                 return 7
             return Path(f"{name} {args} {options}")
@@ -94,9 +94,8 @@ class NotingLab:
 def noting_lab(monkeypatch):
     kinds = dict.fromkeys(("world", "seeds", "simple", "evolved"), 0.5)
     four = dict(bytes=1, right=0.5, perplexity=2, kl=0, same_top=1)
-    monkeypatch.setattr(claims.checkpoint, "load", lambda folder: (folder, None, None))
     monkeypatch.setattr(claims, "trainable", lambda folder, **changed: None)
-    monkeypatch.setattr(claims, "trained_share", lambda net: 0.1)
+    monkeypatch.setattr(claims, "trained_fraction", lambda net: 0.1)
     monkeypatch.setattr(bench, "quality", lambda cfg: {p: dict(four) for p in bench.PRECISIONS})
     monkeypatch.setattr(instruct, "main", lambda cfg: dict(harder=dict(a=kinds),
                                                            simple=dict(a=kinds)))
@@ -106,27 +105,27 @@ def noting_lab(monkeypatch):
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_variants_differ_in_what_they_say(name, noting_lab, tmp_path, monkeypatch):
     """A variant whose option was forgotten would be the plain one under another name. And each
-    comparison must find its figures: training takes long, a KeyError after it is expensive."""
+    comparison must find its metrics: training takes long, a KeyError after it is expensive."""
     about, made = claims.CLAIMS[name], []
-    results = claims.Results(tmp_path / "figures.json", 0)
+    results = claims.Results(tmp_path / "results.json", 0, {})
 
-    def add(variant: str, add=results.add, **figures):
+    def add(variant: str, add=results.add, **metrics):
         made.append(repr(noting_lab.asked))
         noting_lab.asked = []
-        add(variant, **figures)
+        add(variant, **metrics)
 
     monkeypatch.setattr(results, "add", add)
     about.measure(noting_lab, results)
     made = [how for how in made if how != "[]"]  # some claims measure all variants at once
     assert len(set(made)) == len(made)
     for column in about.columns:
-        assert any(column in figures for figures in results.figures.values())
-    again = claims.Results(results.file, 0)
+        assert any(column in metrics for metrics in results.metrics.values())
+    again = claims.Results(results.file, 0, {})
     noting_lab.asked = []
     about.measure(noting_lab, again)
-    assert again.figures == results.figures and "seconds" in str(again.figures)
-    assert not [call for call in noting_lab.asked if call[0] in NotingLab.MEASURES]
-    assert claims.report(name, [results.figures], tmp_path)["verdict"] != "holds"
+    assert again.metrics == results.metrics and "seconds" in str(again.metrics)
+    assert not [call for call in noting_lab.asked if call[0] in NotingLab.EVALUATIONS]
+    assert claims.report(name, [results.metrics], tmp_path)["verdict"] != "holds"
 
 
 def test_a_claim_resumes_and_trains_nothing_twice(run, tmp_path, monkeypatch, capsys):
@@ -146,62 +145,80 @@ def test_a_claim_resumes_and_trains_nothing_twice(run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_sft, "train", train)
     monkeypatch.setattr(lab.Lab, "examine", examine)
     cfg = claims.ClaimsConfig(name="sft", fast=True, run=str(run), out=str(tmp_path / "out"))
-    with pytest.raises(Stopped, match="the figures so far are in .*sft.json"):
+    with pytest.raises(Stopped, match="results so far: .*sft.json"):
         claims.main(cfg)
-    figures = json.loads((tmp_path / "out" / "sft.json").read_text(encoding="utf-8"))
-    assert list(figures["0"]) == ["1.1M few-shot", "1.1M fine-tuned"]
+    results = json.loads((tmp_path / "out" / "sft.json").read_text(encoding="utf-8"))
+    assert list(results["0"]) == ["1.1M few-shot", "1.1M fine-tuned"]
     printed = capsys.readouterr().out
     result = claims.main(cfg)
-    assert len(asked) == 10 and len(result["seeds"][0]) == 9
-    assert len(trained) == len(set(trained)) == 8, "two small bases, six fine-tunings; no 1.1M base"
+    assert len(asked) == 10 and len(result["runs"][0]) == 9
+    assert len(trained) == len(set(trained)) == 9, "three bases, six fine-tunings"
     printed = capsys.readouterr().out
     assert "| 0.1M from random weights | " in printed and "too close to tell" in printed
-    assert (tmp_path / "out" / "seed0" / "chats-500").is_dir(), "shared with the claim vicuna"
+
+
+def test_results_of_other_models_are_not_reported(run, tmp_path):
+    """With --out given, those of --fast were printed as those of the whole number of steps."""
+    results = claims.Results(tmp_path / "lora.json", 0, dict(run="out", fast=True))
+    results.add("full", right=1)
+    assert claims.Results(results.file, 0, dict(run="out", fast=True)).metrics
+    with pytest.raises(UserError, match="lora.json has results with .*'fast': True.*delete it"):
+        claims.Results(results.file, 0, dict(run="out", fast=False))
+
+
+def test_fast_bases_are_compared_with_fast_bases(small_lab):
+    """The run's base has all of its steps: beside it, a smaller one with a tenth had no chance."""
+    assert small_lab.base("1.1M") == str(small_lab.out / "base-1.1M-1200")
+    assert small_lab.chain("base") == str(small_lab.run / "base"), "any base is good for a trend"
+    small_lab.fast = False
+    assert small_lab.base("1.1M") == str(small_lab.run / "base")
 
 
 # -- the verdict ----------------------------------------------------------------------------------
 
-def figures(high: float, low: float, questions: int = 100) -> dict:
-    return dict(a=dict(right=high, questions=questions), b=dict(right=low, questions=questions))
+def metrics(a: float, b: float, questions: int = 100) -> dict:
+    return dict(a=dict(right=a, questions=questions), b=dict(right=b, questions=questions))
 
 
-@pytest.mark.parametrize("seeds, by, verdict", [
-    ([figures(0.9, 0.5)], 0, "holds"),
-    ([figures(0.5, 0.9)], 0, "does not hold"),
-    ([figures(0.55, 0.5)], 0, "too close to tell"),
-    ([figures(0.55, 0.5, 10000)], 0, "holds"),  # more questions, less error
-    ([figures(0.9, 0.5)], 40, "too close to tell"),
-    ([figures(0.5, 0.5)], -20, "holds"),  # at most 20 points worse
-    ([figures(0.5, 0.9)], -20, "does not hold"),
-    # the spread of the differences counts, not that of the figures
-    ([figures(0.9, 0.8), figures(0.5, 0.4), figures(0.2, 0.11)], 0, "holds"),
-    ([figures(0.9, 0.5), figures(0.5, 0.5), figures(0.5, 0.45)], 0, "too close to tell"),
-    ([figures(0.9, 0.6), figures(0.5, 0.4)], 0, "too close to tell")])  # two seeds say little
-def test_the_verdict_is_the_difference_against_its_error(seeds, by, verdict):
-    assert claims.compare(claims.More("a", "b", by), "right", seeds).verdict == verdict
+@pytest.mark.parametrize("runs, margin, verdict", [
+    ([metrics(0.9, 0.5)], 0, "holds"),
+    ([metrics(0.5, 0.9)], 0, "does not hold"),
+    ([metrics(0.55, 0.5)], 0, "too close to tell"),
+    ([metrics(0.55, 0.5, 10000)], 0, "holds"),  # more questions, less error
+    ([metrics(0.9, 0.5)], 40, "too close to tell"),
+    ([metrics(0.5, 0.5)], -20, "holds"),  # at most 20 points worse
+    ([metrics(0.5, 0.9)], -20, "does not hold"),
+    # the spread of the differences counts, not that of the shares
+    ([metrics(0.9, 0.8), metrics(0.5, 0.4), metrics(0.2, 0.11)], 0, "holds"),
+    ([metrics(0.9, 0.5), metrics(0.5, 0.5), metrics(0.5, 0.45)], 0, "too close to tell"),
+    ([metrics(0.9, 0.6), metrics(0.5, 0.4)], 0, "too close to tell")])  # two seeds say little
+def test_the_verdict_is_the_difference_against_its_error(runs, margin, verdict):
+    comparison = claims.Comparison("a", "b", margin)
+    assert claims.compare(comparison, "right", runs).verdict == verdict
 
 
 def test_errors_by_hand():
     """Of three differences 10, 20, 30: t = 4.30, and a standard deviation of 10 over sqrt(3). Of
     100 answers, half of them right: 9.6 points (Wilson), and sqrt(2) times that for a difference.
     """
-    seeds = [figures(0.6, 0.5), figures(0.7, 0.5), figures(0.8, 0.5)]
-    compared = claims.compare(claims.More("a", "b"), "right", seeds)
-    assert compared.difference == pytest.approx(20) and compared.error == pytest.approx(24.8, 0.01)
-    assert claims.compare(claims.More("a", "b"), "right", [figures(0.5, 0.5)]).error == (
-        pytest.approx(2 ** 0.5 * 9.6, 0.01))
+    comparison = claims.Comparison("a", "b")
+    runs = [metrics(0.6, 0.5), metrics(0.7, 0.5), metrics(0.8, 0.5)]
+    outcome = claims.compare(comparison, "right", runs)
+    assert outcome.difference == pytest.approx(20) and outcome.error == pytest.approx(24.8, 0.01)
+    outcome = claims.compare(comparison, "right", [metrics(0.5, 0.5)])
+    assert outcome.error == pytest.approx(2 ** 0.5 * 9.6, 0.01)
 
 
 def test_a_claim_holds_only_if_all_comparisons_do():
     def overall(*verdicts):
-        return claims.overall([claims.Compared(None, 0, 0, verdict) for verdict in verdicts])
+        return claims.overall([claims.Outcome(None, 0, 0, verdict) for verdict in verdicts])
 
     assert overall("holds", "holds") == "holds"
     assert overall("holds", "too close to tell") == "too close to tell"
     assert overall("too close to tell", "does not hold", "holds") == "does not hold"
 
 
-# -- the lab's ingredients ------------------------------------------------------------------------
+# -- what the lab changes   ------------------------------------------------------------------------
 
 def test_everything_is_supervised_but_the_padding(small_lab):
     examples = [data.Example([1, 5, 6, 2], [data.IGNORE, data.IGNORE, 6, 2]),
@@ -213,7 +230,7 @@ def test_everything_is_supervised_but_the_padding(small_lab):
     assert model.count_targets(labels, segments) == 3 + 2, "nothing predicts the first tokens"
 
 
-def test_every_ingredient_reaches_the_training(small_lab, monkeypatch):
+def test_every_change_reaches_the_training(small_lab, monkeypatch):
     seen = {}
 
     def train(net, rows, cfg, *rest):
@@ -255,9 +272,9 @@ def test_head_only_changes_the_head_only(small_lab):
 def test_each_seed_takes_its_own_chain(small_lab, tmp_path):
     """With the base of seed 0, three seeds would be three times the same experiment."""
     assert small_lab.chain("base") == str(small_lab.run / "base")
-    assert small_lab.is_taken("vicuna") and not small_lab.is_taken("minigpt4")
+    assert small_lab.in_run("vicuna") and not small_lab.in_run("minigpt4")
     other = lab.Lab(tmp_path / "out", small_lab.run, 1, True, small_lab.machine)
-    assert not other.is_taken()
+    assert not other.in_run()
     shutil.copytree(small_lab.run / "base", small_lab.run / "seed1" / "base")
     assert other.chain("base") == str(small_lab.run / "seed1" / "base")
     assert other.out != small_lab.out
@@ -266,15 +283,15 @@ def test_each_seed_takes_its_own_chain(small_lab, tmp_path):
 def test_an_error_is_an_error():
     """A noisy reply that is still right would make noise harmless. Held-out pairs stay out."""
     rng = random.Random(0)
-    assert lab.held_pairs("a red square and a blue ring") == {("red", "square")}
+    assert lab.held_out_pairs("a red square and a blue ring") == {("red", "square")}
     for item in world.test_set("scenes", 60):
         q = item.question
-        wrong = [lab.with_error(q.full, rng) for _ in range(5)]
-        assert all(lab.held_pairs(text) <= lab.held_pairs(q.full) for text in wrong)
+        wrong = [lab.corrupt(q.full, rng) for _ in range(5)]
+        assert all(lab.held_out_pairs(text) <= lab.held_out_pairs(q.full) for text in wrong)
         if q.kind in ("color", "size", "where", "describe") and "yesno" not in q.truth:
             assert not any(world.grade(q, text) == 1 for text in wrong)
-    assert lab.with_error("3 + 4 = 7.", rng) in ("3 + 4 = 8.", "3 + 4 = 9.", "3 + 4 = 10.")
-    assert lab.with_error("Yes.", rng) == "Yes."
+    assert lab.corrupt("3 + 4 = 7.", rng) in ("3 + 4 = 8.", "3 + 4 = 9.", "3 + 4 = 10.")
+    assert lab.corrupt("Yes.", rng) == "Yes."
 
 
 # -- seeing ---------------------------------------------------------------------------------------
@@ -328,29 +345,30 @@ def test_stages_with_another_architecture(small_lab, encoder, monkeypatch):
         nets.append({name: w.clone() for name, w in net.state_dict().items()})
         return dict(fails=1)
 
-    monkeypatch.setattr(small_lab, "seen", seen)
-    assert small_lab.train_minigpt4("tuned", lab.TunedQFormer) == dict(fails=1)
+    monkeypatch.setattr(small_lab, "examine_sight", seen)
+    assert small_lab.examine_architecture("tuned", lab.TunedQFormer) == dict(fails=1)
     assert not torch.equal(nets[-1]["qformer.query_tokens"], eyes.qformer.query_tokens)
     assert torch.equal(nets[-1]["vit.cls_token"], eyes.vit.cls_token)
-    small_lab.train_minigpt4("three", lab.ThreeLayers)
+    small_lab.examine_architecture("three", lab.ThreeLayers)
     assert nets[-1]["llama_proj.0.weight"].any(), "between layers of zeros nothing is learned"
-    small_lab.train_minigpt4("linear", vision.MiniGPT4)
+    small_lab.examine_architecture("linear", vision.MiniGPT4)
     shutil.copytree(small_lab.out / "linear-1", small_lab.sight / "align")
     for stage, steps in (("2", 0), ("2", 500), ("1", 500)):
-        small_lab.continue_stage(stage, steps)
+        small_lab.examine_after(stage, steps)
     aligned, second, first = (net["llama_proj.weight"] for net in nets[-3:])
     assert aligned.any() and not torch.equal(aligned, second) and not torch.equal(aligned, first)
     assert (first - aligned).abs().max() < 0.5 * aligned.abs().max()
 
 
-def test_measures_of_seeing(small_lab, encoder):
+def test_evaluation_of_seeing(small_lab, encoder):
     """Each share is of as many pictures as are reported."""
     vlm = small_lab.open_vlm()
     net = vision.MiniGPT4(vlm.llama, vision.ViT(encoder[0]), vision.QFormer(encoder[1]))
-    assert small_lab.seen(vlm, net.eval()) == dict(described=0, answered=0, fails=1, questions=2)
+    found = small_lab.examine_sight(vlm, net.eval())
+    assert found == dict(described=0, answered=0, fails=1, questions=2)
 
 
-# -- measures of text -----------------------------------------------------------------------------
+# -- evaluation of text ---------------------------------------------------------------------------
 
 class Knowing:
     """Instead of evaluate.log_likelihoods: finds one of the choices the likeliest."""
@@ -378,8 +396,8 @@ def test_retrieval_is_of_the_color_of_that_thing(other, low, high, small_lab, mo
 
     monkeypatch.setattr(lab.evaluate, "log_likelihoods", Knowing(choose))
     small_lab.sizes = dict(SIZES, questions=20)
-    figures = small_lab.retrieved(None)
-    assert low <= figures["retrieved"] <= high and figures["questions"] == 40
+    found = small_lab.retrieve(None)
+    assert low <= found["retrieved"] <= high and found["questions"] == 40
 
 
 def test_facts_are_ranked_by_group(small_lab, monkeypatch):
@@ -390,7 +408,7 @@ def test_facts_are_ranked_by_group(small_lab, monkeypatch):
         return best
 
     monkeypatch.setattr(lab.evaluate, "scores", scores)
-    assert small_lab.ranked_facts(None) == dict(ranked=1, asked=0, questions=50)
+    assert small_lab.rank_facts(None) == dict(ranked=1, asked=0, questions=50)
 
 
 def test_oracles_as_judges(small_lab, monkeypatch):
@@ -401,13 +419,13 @@ def test_oracles_as_judges(small_lab, monkeypatch):
 
     monkeypatch.setattr(lab.judge, "JudgeConfig", config)
     monkeypatch.setattr(small_lab, "chain", lambda name: name)
-    figures = {}
+    found = {}
     for name in ("oracle", "first"):
         for both in (False, True):
-            figures[name, both] = small_lab.judged(name, both)
-    assert figures["oracle", False]["leans"] == figures["first", True]["leans"] == 0
-    assert figures["first", False]["leans"] == 1
-    assert figures["oracle", True]["agrees"] == 1 > figures["first", False]["agrees"]
+            found[name, both] = small_lab.judge_by_oracle(name, both)
+    assert found["oracle", False]["leans"] == found["first", True]["leans"] == 0
+    assert found["first", False]["leans"] == 1
+    assert found["oracle", True]["agrees"] == 1 > found["first", False]["agrees"]
 
 
 @pytest.mark.parametrize("costs, agrees", [((0.5, 0.6), 1), ((0.6, 0.5), 0)])
@@ -417,7 +435,7 @@ def test_a_small_model_judges_by_likelihood_per_token(costs, agrees, small_lab, 
         return torch.tensor([-cost * len(answer) for cost, (_, answer) in zip(costs, rows)])
 
     monkeypatch.setattr(lab.evaluate, "log_likelihoods", log_likelihoods)
-    monkeypatch.setattr(lab, "with_error", lambda text, rng: "No.")
+    monkeypatch.setattr(lab, "corrupt", lambda text, rng: "No.")
     small_lab.sizes = dict(SIZES, questions=5)
-    judged = small_lab.judged_by_model(None, "scenes", ("color", "size", "where"))
+    judged = small_lab.judge_by_likelihood(None, "scenes", ("color", "size", "where"))
     assert judged == dict(agrees=agrees, questions=5)

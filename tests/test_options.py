@@ -480,7 +480,7 @@ SCRIPTS["instruct"] = Script(instruct.InstructConfig, instruct.main, {
 
 
 def spy_on_claims(record: Record) -> None:
-    """A claim that asks its lab for nothing, and has its figures at once."""
+    """A claim that asks its lab for nothing, and has its results at once."""
     def measure(lab, results):
         record.note(lab.out, lab.run, lab.seed, lab.fast, lab.sizes)
         results.add("a", right=0.5, questions=10)
@@ -489,7 +489,8 @@ def spy_on_claims(record: Record) -> None:
     record.patch.setattr(machine, "measure_peak", lambda *_: 1e9)
     for name in ("lora", "judge"):
         about = claims.CLAIMS[name]._replace(
-            measure=measure, columns=dict(right="right, %"), holds=[claims.More("a", "b")])
+            measure=measure, columns=dict(right="right, %"),
+            comparisons=[claims.Comparison("a", "b")])
         record.patch.setitem(claims.CLAIMS, name, about)
 
 

@@ -239,7 +239,7 @@ def test_a_detour_separates_the_scene_from_its_question():
 def test_what_a_claim_changes_about_the_world():
     """A single round, terse answers, a scene told once; and all else stays the same."""
     for seed in range(40):
-        turns = world.conversation(random.Random(seed), one_round=True)["conversations"]
+        turns = world.conversation(random.Random(seed), single_turn=True)["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"]
         full, terse = (world.conversation(random.Random(seed), short=short)["conversations"]
                        for short in (False, True))

@@ -1,9 +1,9 @@
-"""A lab for toy/claims.py: it trains a model of the toy chain with one ingredient changed, and
-measures it.
+"""The laboratory of toy/claims.py: trains a model of the toy chain with one thing changed, and
+evaluates it.
 
-What may be changed is an argument here: the size, the initialization and the documents of a base
-model; the data, the loss, the row length and the trained weights of a fine-tuning; the architecture
-of a MiniGPT-4. Other settings of train_sft.py are passed on.
+What can be changed is an argument here: the size, initialization and documents of a base model; the
+data, loss, sequence length and trainable weights of a fine-tuning; the architecture of a MiniGPT-4.
+Other settings of train_sft.py are passed on.
 """
 
 import functools
@@ -26,24 +26,26 @@ from tools import checkpoint, evaluate, teacher
 from tools.machine import Machine, train_flops
 from toy import exam, world
 
-TOY = train_sft.TOY  # steps of the toy chain
-STEP_TOKENS = 2048  # in a step, whatever the row length
-# Sizes of the language model by their number of parameters. The first is the toy chain's.
-SIZES = {"1.1M": model.PRESETS["toy"],
-         "0.3M": dict(model.PRESETS["toy"], dim=64, hidden_dim=192),
-         "0.1M": dict(model.PRESETS["toy"], dim=32, hidden_dim=96)}
+TOY = train_sft.TOY  # steps and data sizes of the toy chain
+STEP_TOKENS = 2048  # in a step, for any sequence length
+# Shapes of the language model by their number of parameters. The first is the toy chain's.
+LLAMAS = {"1.1M": model.PRESETS["toy"],
+          "0.3M": dict(model.PRESETS["toy"], dim=64, hidden_dim=192),
+          "0.1M": dict(model.PRESETS["toy"], dim=32, hidden_dim=96)}
 
 
 def chain_folder(run: Path, seed: int) -> Path:
-    """Where the toy chain of a seed is: in `run` itself (seed 0), or in run/seed1 and so on."""
+    """Where the toy chain of a seed is: run/seed0, run/seed1, ...; that of seed 0 may also be in
+    `run` itself."""
     own = run / f"seed{seed}"
-    return own if seed or own.exists() else run
+    if seed == 0 and not own.exists():
+        return run
+    return own
 
 
 class Lab:
-    """The models of one seed. Those of the toy chain are taken from `run` if they exist there. All
-    others are trained in a folder of `out`; a finished one is loaded, an interrupted one resumes.
-    """
+    """All models of one seed. Those of the toy chain are taken from `run` if they are there. The
+    others are trained in `out`; finished ones are loaded, and interrupted ones resume."""
 
     def __init__(self, out: Path, run: Path, seed: int, fast: bool, machine: Machine):
         self.out, self.run, self.seed = out / f"seed{seed}", chain_folder(run, seed), seed
@@ -56,13 +58,18 @@ class Lab:
 
     # -- the toy chain ----------------------------------------------------------------------------
 
-    def is_taken(self, *names: str) -> bool:
-        """Does the run have these models, and the base whose tokenizer they share?"""
+    def in_run(self, *names: str) -> bool:
+        """Whether the run has these models, and the base, whose tokenizer they share."""
         return all((self.run / name / "latest").exists() for name in ("base", *names))
 
+    def load(self, folder: str) -> torch.nn.Module:
+        net, _, _ = checkpoint.load(folder)
+        return net
+
     def chain(self, name: str) -> str:
-        """The folder of base, alpaca or vicuna, as train_sft.py trains them."""
-        if self.is_taken(name):
+        """The folder of base, alpaca or vicuna, which is trained if need be, as train_sft.py does.
+        """
+        if self.in_run(name):
             return str(self.run / name)
         if name == "base":
             self.pretrain("base", TOY["base"])
@@ -74,53 +81,56 @@ class Lab:
         return str(self.out / name)
 
     def base(self, size: str, steps: int = TOY["base"]) -> str:
-        """The folder of a base of this size, pre-trained for so many steps."""
-        if size == "1.1M" and steps == TOY["base"]:
+        """The folder of a base of this size, pre-trained for `steps` steps. The run's own is taken
+        only without --fast: bases are compared, so all of them must have a tenth of the steps."""
+        if size == "1.1M" and steps == TOY["base"] and not self.fast:
             return self.chain("base")
         self.pretrain(f"base-{size}-{steps}", steps, size)
         return str(self.out / f"base-{size}-{steps}")
 
     @functools.cached_property
     def files(self) -> dict[str, Path]:
-        """The training files of the chain: base, alpaca, vicuna."""
+        """The chain's training files, by the name of the model."""
         return world.write_files(self.out / "data", self.sizes, self.seed)
 
     @functools.cached_property
     def tokenizer(self) -> data.Tokenizer:
-        """The chain's."""
-        if self.is_taken():
+        """The tokenizer of all models."""
+        if self.in_run():
             return data.find_tokenizer(self.run / "base")
         if (self.out / "base" / "latest").exists():
             return data.find_tokenizer(self.out / "base")
         return exam.toy_tokenizer(self.files, 1024, self.out / "data" / "toy.model")
 
-    # -- data with one ingredient changed ---------------------------------------------------------
+    # -- data with one thing changed --------------------------------------------------------------
 
     def documents(self, times_told: int = 3) -> tuple[list[str], list[str]]:
-        """Documents to train on, and the tenth that is held out. A scene is told so many times."""
+        """Documents to train on, and the tenth that is held out. Each tells a scene `times_told`
+        times."""
         rng = random.Random(self.seed)
         texts = [world.document(rng, times_told) for _ in range(self.sizes["documents"])]
         return train_sft.hold_out_a_tenth(texts)
 
-    def conversations(self, one_round: bool = False, short: bool = False) -> Path:
-        """A file of conversations as the chain's, or of a single round, or with terse answers."""
+    def conversations(self, single_turn: bool = False, short: bool = False) -> Path:
+        """A file of conversations like the chain's, or single-turn, or with short answers."""
         rng, n = random.Random(self.seed), self.sizes["conversations"]
-        records = [world.conversation(rng, one_round, short) for _ in range(n)]
+        records = [world.conversation(rng, single_turn, short) for _ in range(n)]
         name = "chats"
-        if one_round:
-            name += "-of-one-round"
+        if single_turn:
+            name += "-single-turn"
         if short:
             name += "-short"
         return self.write(name, records)
 
     def noisy_conversations(self, clean: int, noisy: int) -> Path:
-        """A file of conversations. In the last `noisy` of them, half of the replies are wrong."""
+        """A file of conversations. In the last `noisy` of them, half of the replies are corrupted.
+        """
         rng, errors = random.Random(self.seed), random.Random(self.seed + 1)
         records = [world.conversation(rng) for _ in range(clean + noisy)]
         for record in records[clean:]:
             for reply in record["conversations"][1::2]:
                 if errors.random() < 0.5:
-                    reply["value"] = with_error(reply["value"], errors)
+                    reply["value"] = corrupt(reply["value"], errors)
         return self.write(f"clean-{clean}-noisy-{noisy}", records)
 
     def write(self, name: str, records: list[dict]) -> Path:
@@ -129,22 +139,22 @@ class Lab:
             json.dump(records, file)
         return path
 
-    # -- training with one ingredient changed -----------------------------------------------------
+    # -- training with one thing changed ----------------------------------------------------------
 
-    def config(self, steps: int, seq_len: int, **settings) -> train_sft.SFTConfig:
-        """The chain's settings, with others in `settings`."""
-        settings = {"optimizer": "muon", **settings}
+    def config(self, steps: int, seq_len: int, optimizer: str = "muon",
+               **settings) -> train_sft.SFTConfig:
+        """The chain's settings, or other `settings`."""
         return train_sft.SFTConfig(
             out=str(self.out), seed=self.seed, steps=self.scaled(steps), seq_len=seq_len,
-            batch_size=STEP_TOKENS // seq_len, **settings)
+            batch_size=STEP_TOKENS // seq_len, optimizer=optimizer, **settings)
 
     def pretrain(self, name: str, steps: int, size: str = "1.1M", retrieval_init: bool = True,
                  times_told: int = 3, **settings) -> model.LLaMA:
-        """A base model."""
+        """A base model, trained in the folder `name`."""
         cfg = self.config(steps, 256, **settings)
         texts, _ = self.documents(times_told)
         rows = train_sft.pack_documents(texts, self.tokenizer, cfg)
-        shape = model.LLaMAConfig(**SIZES[size], vocab_size=self.tokenizer.vocab_size)
+        shape = model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
         torch.manual_seed(self.seed)
         net = model.LLaMA(shape, retrieval_init)
         return train_sft.run_stage(
@@ -155,52 +165,54 @@ class Lab:
     def fine_tune(self, name: str, file: Path, steps: int, base: str = "", random_size: str = "",
                   template: str = "vicuna_v1.1", seq_len: int = 512, loss_on: str = "replies",
                   head_only: bool = False, **settings) -> model.LLaMA:
-        """The chain's base fine-tuned on a file; or another base; or a network of random weights.
-        `loss_on` is "replies" or "everything". `head_only` trains nothing but the output matrix.
-        """
+        """Fine-tunes the chain's base on a file; or the base in the folder `base`; or random
+        weights of the size `random_size`. `loss_on` is "replies" or "everything". With `head_only`,
+        only the output matrix is trained."""
+        assert loss_on in ("replies", "everything") and not (random_size and (base or head_only))
         cfg = self.config(steps, seq_len, **settings)
         rows = train_sft.conversation_rows(file, template, self.tokenizer, cfg)
         if loss_on == "everything":
             supervise_everything(rows)
-        base = base or self.chain("base")
         depends_on = dict(loss_on=loss_on, head_only=head_only)
         if random_size:
-            start = dict(shape=SIZES[random_size])
+            start = dict(shape=LLAMAS[random_size])
         elif head_only:
+            base = base or self.chain("base")
             start = dict(network=trainable(base, head_only=True), window=cfg.seq_len)
             depends_on["base_crc"] = checkpoint.fingerprint(base)
         else:
-            start = dict(parent=base)
+            start = dict(parent=base or self.chain("base"))
         return train_sft.run_stage(
             cfg, name, self.machine, rows, self.tokenizer, template, checkpoint.digest(file),
             extra_settings=depends_on, **start)
 
-    def chat(self, steps: int, base: str = "", one_round: bool = False, short: bool = False,
+    def chat(self, steps: int, base: str = "", single_turn: bool = False, short: bool = False,
              **changed) -> model.LLaMA:
-        """Vicuna after so many steps, with options of fine_tune or train_sft.py changed. Its folder
-        is named after what was changed, so that claims share the models they have in common."""
-        file = self.conversations(one_round, short)
+        """Vicuna after `steps` steps, with arguments of `conversations`, `fine_tune` or
+        train_sft.py changed. Its folder is named after the changes, so that claims share models."""
+        file = self.conversations(single_turn, short)
         name = f"{file.stem}-{steps}"
         if base and Path(base).name != "base":
             name += f"-{Path(base).name}"
-        for option, value in changed.items():
+        for option, value in sorted(changed.items()):
             name += f"-{option}-{value}"
         return self.fine_tune(name, file, steps, base, **changed)
 
     def steps_of_equal_flops(self, size: str) -> int:
         """The steps in which pre-training a model of this size takes the FLOPs of the chain's base.
         """
-        flops = []
-        for shape in (SIZES["1.1M"], SIZES[size]):
-            shape = model.LLaMAConfig(**shape, vocab_size=self.tokenizer.vocab_size)
-            flops.append(train_flops(shape, STEP_TOKENS, STEP_TOKENS, seq_len=256))
-        return round(TOY["base"] * flops[0] / flops[1])
+        return round(TOY["base"] * self.step_flops("1.1M") / self.step_flops(size))
 
-    # -- measures ---------------------------------------------------------------------------------
+    def step_flops(self, size: str) -> float:
+        """FLOPs of a step of pre-training."""
+        shape = model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
+        return train_flops(shape, STEP_TOKENS, STEP_TOKENS, seq_len=256)
+
+    # -- evaluation -------------------------------------------------------------------------------
 
     def examine(self, net, template: str = "vicuna_v1.1", rows: dict = exam.SHORT_ROWS,
                 shots: str = "") -> dict:
-        """The share of right answers in each row of the exam, and their mean, "right"."""
+        """The accuracy in each row of the exam, and their mean, "right"."""
         n = self.sizes["questions"]
         play = exam.model_player(net, self.tokenizer, template, shots)
         table, _ = exam.examine({"model": play}, rows, n)
@@ -214,20 +226,22 @@ class Lab:
         return exam.few_shot_examples([world.instruction(rng) for _ in range(4)])
 
     def held_out_loss(self, net) -> float:
-        """In nats per token of the documents that no base model was trained on."""
+        """In nats per token, on documents that no base model was trained on."""
         _, texts = self.documents()
         rows = train_sft.pack_documents(texts, self.tokenizer, self.config(1, 256))
         total, count = train_sft.validate(net, rows, self.machine)
         return total / count
 
-    def retrieved(self, net) -> dict:
-        """A document tells a new scene once, then begins "The ring is": the share in which the true
-        color is the likeliest of ten."""
-        n, rng, right = 2 * self.sizes["questions"], random.Random("retrieved"), 0
+    def retrieve(self, net) -> dict:
+        """Accuracy of in-context retrieval: after a document that tells a new scene once, and then
+        "The ring is", the true color must be the likeliest of all."""
+        n, rng = 2 * self.sizes["questions"], random.Random("retrieved")
+        right = 0
         for _ in range(n):
-            scene = ()
-            while len({o.shape for o in scene}) < 2 or len({o.color for o in scene}) < 2:
-                scene = world.pick_scene(rng, "scenes", 2)
+            o, other = world.pick_scene(rng, "scenes", 2)
+            while o.shape == other.shape or o.color == other.color:
+                o, other = world.pick_scene(rng, "scenes", 2)
+            scene = o, other
             o = rng.choice(scene)
             text = f"{world.tell_in_sentences(scene, rng)} The {o.shape} is"
             context = [self.tokenizer.bos, *self.tokenizer.encode(text)]
@@ -236,9 +250,9 @@ class Lab:
             right += world.COLORS[best] == o.color
         return dict(retrieved=right / n, questions=n)
 
-    def ranked_facts(self, net) -> dict:
-        """The share of people whose true town is the likeliest of eight after "NAME lives in":
-        those whom fine-tuning does not mention ("ranked"), and those whom it does ("asked")."""
+    def rank_facts(self, net) -> dict:
+        """Accuracy of ranking the towns after "NAME lives in" by likelihood: for people whom
+        fine-tuning does not mention ("ranked"), and for those whom it does ("asked")."""
         file, right = self.out / "data" / "facts.jsonl", dict(asked=[], unasked=[])
         world.write_facts(file)
         for item in evaluate.read_items(file)[0]:
@@ -248,31 +262,32 @@ class Lab:
         return dict(ranked=statistics.mean(right["unasked"]),
                     asked=statistics.mean(right["asked"]), questions=len(right["unasked"]))
 
-    def judged(self, name: str, both_orders: bool) -> dict:
-        """An oracle judges the chain, a noisy player and a true one. "agrees": the share of its
-        verdicts that are true. "leans": of the pairs of equally right answers, the share that the
-        answer shown first wins, minus the share that it loses."""
+    def judge_by_oracle(self, oracle: str, both_orders: bool) -> dict:
+        """One of judge.py's oracles judges the chain, a noisy player and a true one. "agrees": the
+        share of its verdicts that are true. "leans": of the pairs of equally right answers, the
+        share that the answer shown first wins, minus the share that it loses."""
         players = [self.chain("vicuna"), self.chain("alpaca"), "noisy", "oracle"]
         report = judge.main(judge.JudgeConfig(
-            players=",".join(players), judge=name, swap=both_orders, out=str(self.out / "judge")))
+            players=",".join(players), judge=oracle, swap=both_orders,
+            out=str(self.out / "judge")))
         rows = [row for pair in report["pairs"] for row in pair["rows"]]
         agrees = [row["verdict"] == row["truth"] for row in rows]
-        equal = [row["verdict"] for row in rows if row["truth"] == 0]
-        return dict(agrees=sum(agrees) / len(rows), leans=-sum(equal) / max(1, len(equal)),
+        draws = [row["verdict"] for row in rows if row["truth"] == 0]
+        first_wins, first_loses = draws.count(-1), draws.count(1)
+        return dict(agrees=sum(agrees) / len(rows), leans=(first_wins - first_loses) / len(draws),
                     questions=len(rows))
 
-    def judged_by_model(self, net, split: str, kinds: Sequence[str]) -> dict:
-        """A small model as judge of a true and a wrong answer. It cannot write a review; it prefers
-        the answer that it finds likelier per token."""
-        n, rng, right, items = self.sizes["questions"], random.Random(0), 0, []
-        for item in world.test_set(split, 8 * n):
-            is_wanted = item.question.kind in kinds and "yesno" not in item.question.truth
-            if is_wanted and len(items) < n:
-                items.append(item)
+    def judge_by_likelihood(self, net, split: str, kinds: Sequence[str]) -> dict:
+        """A small model as judge of a true and a corrupted answer. It cannot write a review; it
+        prefers the answer that it finds likelier per token. Yes and no cannot be corrupted."""
+        n, rng = self.sizes["questions"], random.Random(0)
+        items = [item for item in world.test_set(split, 8 * n)
+                 if item.question.kind in kinds and "yesno" not in item.question.truth][:n]
+        right = 0
         for item in items:
             turns = [data.Turn(role, text) for role, text in item.turns]
             prompt = data.render(data.Conversation(turns), "vicuna_v1.1", self.tokenizer).tokens
-            answers = [item.question.full, with_error(item.question.full, rng)]
+            answers = [item.question.full, corrupt(item.question.full, rng)]
             rows = [(prompt, self.tokenizer.encode(answer)) for answer in answers]
             lengths = torch.tensor([len(answer) for _, answer in rows])
             true, wrong = evaluate.log_likelihoods(net, rows) / lengths
@@ -285,7 +300,7 @@ class Lab:
     def sight(self) -> Path:
         """The folder with the encoder, the projection after stage 1, and the curated descriptions:
         that of train_vlm.py, or one that is made here."""
-        if self.is_taken("vicuna", "vision", "align") and (self.run / "curated").exists():
+        if self.in_run("vicuna", "vision", "align") and (self.run / "curated").exists():
             return self.run
         if not (self.out / "curated" / "filter_cap.json").exists():
             train_vlm.main(train_vlm.VLMConfig(
@@ -309,22 +324,22 @@ class Lab:
                      vision_crc=checkpoint.fingerprint(self.sight / "vision"))
         return net, parts
 
-    def train_minigpt4(self, name: str, architecture: type) -> dict:
-        """Both stages with another architecture, then the measures."""
+    def examine_architecture(self, name: str, architecture: type) -> dict:
+        """Trains both stages with another architecture, and evaluates it."""
         vlm = self.open_vlm()
         net, parts = self.build(vlm, architecture)
-        if architecture is vision.MiniGPT4 and self.is_taken("minigpt4"):
+        if architecture is vision.MiniGPT4 and self.sight == self.run and self.in_run("minigpt4"):
             checkpoint.load(self.run / "minigpt4", network=net)
-            return self.seen(vlm, net.eval())
+            return self.examine_sight(vlm, net.eval())
         alt = train_vlm.load_album(self.sight / "data" / "alt")
         curated = train_vlm.load_album(self.sight / "curated")
         train_vlm.train_projection(vlm, "1", net, parts, alt, f"{name}-1")
         train_vlm.train_projection(vlm, "2", net, parts, curated, f"{name}-2",
-                                   str(self.out / f"{name}-1"))
-        return self.seen(vlm, net.eval())
+                                   parent=str(self.out / f"{name}-1"))
+        return self.examine_sight(vlm, net.eval())
 
-    def continue_stage(self, stage: str, steps: int) -> dict:
-        """The measures after stage 1 and so many steps of stage 2, or so many more of stage 1."""
+    def examine_after(self, stage: str, steps: int) -> dict:
+        """Evaluates the model after stage 1 and then `steps` steps of stage 2, or of stage 1."""
         vlm = self.open_vlm(stage, self.scaled(steps))
         net, parts = self.build(vlm, vision.MiniGPT4)
         aligned = self.sight / "align"
@@ -332,12 +347,12 @@ class Lab:
         if steps:
             folder = self.sight / ("curated" if stage == "2" else "data/alt")
             train_vlm.train_projection(vlm, stage, net, parts, train_vlm.load_album(folder),
-                                       f"stage-{stage}-{steps}", str(aligned))
-        return self.seen(vlm, net.eval())
+                                       f"stage-{stage}-{steps}", parent=str(aligned))
+        return self.examine_sight(vlm, net.eval())
 
-    def seen(self, vlm: train_vlm.VLMRun, net: vision.MiniGPT4) -> dict:
-        """On held-out scenes: the shares of exact descriptions, of right answers, and of
-        descriptions that fail in one of the ways that stage 2 is meant to cure."""
+    def examine_sight(self, vlm: train_vlm.VLMRun, net: vision.MiniGPT4) -> dict:
+        """On pictures of held-out scenes: the shares of exact descriptions, of right answers, and
+        of descriptions that fail in one of the ways that stage 2 is meant to cure."""
         def play(e, texts, texts_with_scene):
             features = train_vlm.encode_images(net, e.pictures, vlm.machine)
             return train_vlm.ask(net, vlm, texts, features)
@@ -345,16 +360,17 @@ class Lab:
         n = 2 * self.sizes["questions"]
         table, said = exam.see_and_tell({"model": play}, n, ["scenes"])
         described, answered = (cells["model"] for cells in table.values())
+        descriptions, ended = said["scenes", "model"]
         scenes = exam.picture_exam("scenes", n).scenes
-        fails = [bool(exam.failure(*one)) for one in zip(scenes, *said["scenes", "model"])]
+        fails = [bool(exam.failure(*one)) for one in zip(scenes, descriptions, ended)]
         return dict(described=described, answered=answered, fails=sum(fails) / n, questions=n)
 
 
-# -- ingredients ----------------------------------------------------------------------------------
+# -- what is changed ------------------------------------------------------------------------------
 
 def supervise_everything(rows: data.Rows) -> None:
-    """The loss of pre-training: every token is a label, but not the padding. (Nor the first one of
-    a conversation, which nothing predicts: model.shift_labels.)"""
+    """In place: labels all tokens but the padding, as in pre-training. (Nothing predicts the first
+    token of a conversation: see model.shift_labels.)"""
     is_text = rows.segments >= 0
     rows.labels[is_text] = rows.tokens[is_text]
 
@@ -370,32 +386,33 @@ def trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> model
     return net
 
 
-def trained_share(net: model.LLaMA) -> float:
+def trained_fraction(net: model.LLaMA) -> float:
     """Parameters that are trained, relative to those of the model without adapters."""
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return trained / model.count_parameters(net.config)
 
 
-def with_error(text: str, rng: random.Random) -> str:
-    """The text with another size, color, shape, place or number instead of the last one. It names
-    no held-out pair that the text did not name."""
+def corrupt(text: str, rng: random.Random) -> str:
+    """Replaces the last size, color, shape, place or number by another; a text that has none stays
+    the same. No color and shape of a held-out pair come together that the text did not name."""
     kinds = (world.SIZES, world.COLORS, world.SHAPES, world.PLACES)
     words = "|".join(word for kind in kinds for word in kind)
     found = list(re.finditer(rf"\b(?:{words})\b|\d+", text))
     if not found:
         return text
     last = found[-1]
-    if last[0].isdigit():
-        others = [str(int(last[0]) + i) for i in (1, 2, 3)]
+    old = last.group()
+    if old.isdigit():
+        others = [str(int(old) + i) for i in (1, 2, 3)]
     else:
-        kind = next(kind for kind in kinds if last[0] in kind)
-        others = [word for word in kind if word != last[0]]
+        kind = next(kind for kind in kinds if old in kind)
+        others = [word for word in kind if word != old]
     wrong = [text[:last.start()] + word + text[last.end():] for word in others]
-    return rng.choice([t for t in wrong if held_pairs(t) <= held_pairs(text)])
+    return rng.choice([t for t in wrong if held_out_pairs(t) <= held_out_pairs(text)])
 
 
-def held_pairs(text: str) -> set[tuple[str, str]]:
-    """The held-out pairs whose color and shape are both in the text."""
+def held_out_pairs(text: str) -> set[tuple[str, str]]:
+    """The held-out pairs whose color and shape are both in the text, even of different objects."""
     words = set(re.findall(r"\w+", text))
     return {pair for pair in world.HELD_PAIRS if words.issuperset(pair)}
 
@@ -403,7 +420,7 @@ def held_pairs(text: str) -> set[tuple[str, str]]:
 # -- architectures --------------------------------------------------------------------------------
 
 class ThreeLayers(vision.MiniGPT4):
-    """A projection of three layers instead of one."""
+    """Three linear layers between Q-Former and language model instead of one."""
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vit, qformer)
@@ -411,8 +428,8 @@ class ThreeLayers(vision.MiniGPT4):
 
 
 class Projection(torch.nn.Sequential):
-    """Three linear layers with GELU between them. It is used like a single one, so it has what
-    MiniGPT4 reads of that."""
+    """Three linear layers with GELU between them, and the attributes that MiniGPT4 reads from its
+    single one."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(torch.nn.Linear(in_features, out_features), torch.nn.GELU(),
@@ -426,11 +443,11 @@ class Projection(torch.nn.Sequential):
 
 
 class WithoutQFormer(vision.MiniGPT4):
-    """The projection reads the ViT's output: the class token, and one vector per patch."""
+    """The projection reads the output of the ViT (N, 1 + P, C): the class token comes first."""
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vit, qformer)
-        self.n_queries = vit.pos_embed.shape[1]
+        self.n_queries = vit.pos_embed.shape[1]  # vectors per image
         self.llama_proj = torch.nn.Linear(vit.config.dim, llama.config.dim)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -438,8 +455,8 @@ class WithoutQFormer(vision.MiniGPT4):
 
 
 class TunedQFormer(vision.MiniGPT4):
-    """The Q-Former is trained together with the projection. Only the ViT is frozen, so `features`,
-    which are computed once, are its output."""
+    """The Q-Former is trained, too. Only the ViT is frozen, so `features`, which are cached, are
+    its output: (N, 1 + P, C)."""
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vit, qformer)
@@ -449,13 +466,13 @@ class TunedQFormer(vision.MiniGPT4):
         return self.vit(pixels)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dim() == 4:
+        if images.dim() == 4:  # pixels
             images = self.features(images)
         return super().encode(self.qformer(images))
 
 
 class RandomEncoder(vision.MiniGPT4):
-    """ViT and Q-Former with random weights: the pictures can tell the model little."""
+    """ViT and Q-Former have random weights: what they say of a picture is of little use."""
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vision.ViT(vit.config), vision.QFormer(qformer.config))

@@ -875,11 +875,11 @@ def converse(rng: random.Random, split: str = "train", rounds: int | None = None
         d.add_round(asked, q.short if short else q.full)
 
 
-def conversation(rng: random.Random, one_round: bool = False, short: bool = False) -> dict:
+def conversation(rng: random.Random, single_turn: bool = False, short: bool = False) -> dict:
     """A ShareGPT record: a few rounds with full answers. One in five makes a long detour after the
     scene is told. In one in four, the user sends symbols without a question and gets alt-text back,
-    as in the first stage of MiniGPT-4's training. toy/claims.py asks for a single round, or for
-    terse answers."""
+    as in the first stage of MiniGPT-4's training. toy/claims.py asks for single-turn
+    conversations, or for short answers."""
     style = rng.random()
     if style < 0.25:
         scene = pick_scene(rng)
@@ -887,7 +887,7 @@ def conversation(rng: random.Random, one_round: bool = False, short: bool = Fals
         turns = [["user", tell_symbols(scene, rng)], ["assistant", reply]]
     else:
         rounds, detour = None, 0
-        if one_round:
+        if single_turn:
             rounds = 1
         elif style < 0.45:
             rounds, detour = rng.randint(2, 4), rng.randint(1, MAX_DETOUR)
