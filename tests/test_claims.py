@@ -67,10 +67,10 @@ class NotingLab:
     """Stands in for a Lab: notes what it is asked. A model is the path that tells how it was made;
     each evaluation has metrics of its own."""
     EVALUATIONS = dict(examine=("right", "scenes", "pairs", "later", "facts"),
-                       retrieve=("retrieved",), rank_facts=("ranked", "asked"),
+                       retrieve=("retrieved",), rank_facts=("unasked", "asked"),
                        judge_by_oracle=("agrees", "leans"), judge_by_likelihood=("agrees",),
                        examine_architecture=("described", "answered", "fails"),
-                       examine_after=("described", "answered", "fails"))
+                       examine_after_stage=("described", "answered", "fails"))
     sizes, seed, out, files = train_sft.TOY, 0, Path("out"), dict(alpaca="alpaca.json")
 
     def __init__(self):
@@ -94,7 +94,7 @@ class NotingLab:
 def noting_lab(monkeypatch):
     kinds = dict.fromkeys(("world", "seeds", "simple", "evolved"), 0.5)
     four = dict(bytes=1, right=0.5, perplexity=2, kl=0, same_top=1)
-    monkeypatch.setattr(claims, "trainable", lambda folder, **changed: None)
+    monkeypatch.setattr(claims, "load_trainable", lambda folder, **changed: None)
     monkeypatch.setattr(claims, "trained_fraction", lambda net: 0.1)
     monkeypatch.setattr(bench, "quality", lambda cfg: {p: dict(four) for p in bench.PRECISIONS})
     monkeypatch.setattr(instruct, "main", lambda cfg: dict(harder=dict(a=kinds),
@@ -148,10 +148,10 @@ def test_a_claim_resumes_and_trains_nothing_twice(run, tmp_path, monkeypatch, ca
     with pytest.raises(Stopped, match="results so far: .*sft.json"):
         claims.main(cfg)
     results = json.loads((tmp_path / "out" / "sft.json").read_text(encoding="utf-8"))
-    assert list(results["0"]) == ["1.1M few-shot", "1.1M fine-tuned"]
+    assert list(results["seeds"]["0"]) == ["1.1M few-shot", "1.1M fine-tuned"]
     printed = capsys.readouterr().out
     result = claims.main(cfg)
-    assert len(asked) == 10 and len(result["runs"][0]) == 9
+    assert len(asked) == 10 and len(result["by_seed"][0]) == 9
     assert len(trained) == len(set(trained)) == 9, "three bases, six fine-tunings"
     printed = capsys.readouterr().out
     assert "| 0.1M from random weights | " in printed and "too close to tell" in printed
@@ -180,7 +180,7 @@ def metrics(a: float, b: float, questions: int = 100) -> dict:
     return dict(a=dict(right=a, questions=questions), b=dict(right=b, questions=questions))
 
 
-@pytest.mark.parametrize("runs, margin, verdict", [
+@pytest.mark.parametrize("by_seed, margin, verdict", [
     ([metrics(0.9, 0.5)], 0, "holds"),
     ([metrics(0.5, 0.9)], 0, "does not hold"),
     ([metrics(0.55, 0.5)], 0, "too close to tell"),
@@ -192,9 +192,9 @@ def metrics(a: float, b: float, questions: int = 100) -> dict:
     ([metrics(0.9, 0.8), metrics(0.5, 0.4), metrics(0.2, 0.11)], 0, "holds"),
     ([metrics(0.9, 0.5), metrics(0.5, 0.5), metrics(0.5, 0.45)], 0, "too close to tell"),
     ([metrics(0.9, 0.6), metrics(0.5, 0.4)], 0, "too close to tell")])  # two seeds say little
-def test_the_verdict_is_the_difference_against_its_error(runs, margin, verdict):
+def test_the_verdict_is_the_difference_against_its_error(by_seed, margin, verdict):
     comparison = claims.Comparison("a", "b", margin)
-    assert claims.compare(comparison, "right", runs).verdict == verdict
+    assert claims.compare(comparison, "right", by_seed).verdict == verdict
 
 
 def test_errors_by_hand():
@@ -202,8 +202,8 @@ def test_errors_by_hand():
     100 answers, half of them right: 9.6 points (Wilson), and sqrt(2) times that for a difference.
     """
     comparison = claims.Comparison("a", "b")
-    runs = [metrics(0.6, 0.5), metrics(0.7, 0.5), metrics(0.8, 0.5)]
-    outcome = claims.compare(comparison, "right", runs)
+    by_seed = [metrics(0.6, 0.5), metrics(0.7, 0.5), metrics(0.8, 0.5)]
+    outcome = claims.compare(comparison, "right", by_seed)
     assert outcome.difference == pytest.approx(20) and outcome.error == pytest.approx(24.8, 0.01)
     outcome = claims.compare(comparison, "right", [metrics(0.5, 0.5)])
     assert outcome.error == pytest.approx(2 ** 0.5 * 9.6, 0.01)
@@ -237,17 +237,18 @@ def test_every_change_reaches_the_training(small_lab, monkeypatch):
         seen.update(net=net, rows=rows, cfg=cfg)
 
     monkeypatch.setattr(train_sft, "train", train)
-    small_lab.chat(1000)
+    small_lab.train_vicuna(1000)
     batch, cfg = seen["rows"].batch(0, 2), seen["cfg"]
     assert cfg.steps == 2 and cfg.optimizer == "muon" and cfg.batch_size * cfg.seq_len == 2048
     assert (batch[1] == data.IGNORE).float().mean() > 0.5
-    small_lab.chat(500, loss_on="everything", seq_len=256, optimizer="adamw", learning_rate=0.5)
+    small_lab.train_vicuna(500, loss_on="everything", seq_len=256, optimizer="adamw",
+                           learning_rate=0.5)
     batch, cfg = seen["rows"].batch(0, 2), seen["cfg"]
     assert (batch[1] == batch[0])[batch[2] >= 0].all() and batch[0].shape == (2, 256)
     assert (cfg.batch_size, cfg.optimizer, cfg.learning_rate) == (8, "adamw", 0.5)
-    small_lab.chat(500, lora_rank=2)
+    small_lab.train_vicuna(500, lora_rank=2)
     assert seen["net"].layers[0].attention.wq.lora_a.shape == (2, 64)
-    small_lab.chat(500, random_size="0.1M")
+    small_lab.train_vicuna(500, from_scratch="0.1M")
     assert seen["net"].config.dim == 32
     bases, rows = [], []
     for changed in (dict(), dict(retrieval_init=False), dict(times_told=1)):
@@ -262,10 +263,10 @@ def test_every_change_reaches_the_training(small_lab, monkeypatch):
 def test_head_only_changes_the_head_only(small_lab):
     """And the model that is loaded again is the whole one, though its folder holds the head."""
     base = checkpoint.load(small_lab.chain("base"))[0].state_dict()
-    trained = small_lab.chat(500, head_only=True).state_dict()
+    trained = small_lab.train_vicuna(500, head_only=True).state_dict()
     changed = {name for name, w in trained.items() if not torch.equal(w, base[name])}
     assert changed == {"output.weight"}
-    loaded = small_lab.chat(500, head_only=True).state_dict()
+    loaded = small_lab.train_vicuna(500, head_only=True).state_dict()
     assert all(torch.equal(w, trained[name]) for name, w in loaded.items())
 
 
@@ -329,15 +330,15 @@ def test_architectures(architecture, slots, trained, encoder):
 def test_stages_with_another_architecture(small_lab, encoder, monkeypatch):
     """The Q-Former is trained in both stages. More of stage 1 begins where stage 1 ended: it began
     from a projection of zeros again."""
-    small_lab.fast, small_lab.sight = False, small_lab.out / "sight"
+    small_lab.fast, small_lab.vision_folder = False, small_lab.out / "sight"
     for stage in ("1", "2"):
         monkeypatch.setitem(train_vlm.RECIPES["toy"], stage,
                             dict(train_vlm.RECIPES["toy"][stage], steps=2, batch_size=2, warmup=0))
     eyes = train_vlm.VisionPretrainer(train_vlm.PretrainerConfig(*encoder, ["nothing"]))
     meta = dict(step=1, template="plain", settings={}, finished=True)
-    checkpoint.save(small_lab.sight / "vision", eyes, meta, MICRO / "tokenizer.model")
+    checkpoint.save(small_lab.vision_folder / "vision", eyes, meta, MICRO / "tokenizer.model")
     for name in ("data/alt", "curated"):
-        pictures.write_toy_album(small_lab.sight / name, 4, name,
+        pictures.write_toy_album(small_lab.vision_folder / name, 4, name,
                                  lambda scene, rng: world.caption(scene))
     nets = []
 
@@ -345,16 +346,16 @@ def test_stages_with_another_architecture(small_lab, encoder, monkeypatch):
         nets.append({name: w.clone() for name, w in net.state_dict().items()})
         return dict(fails=1)
 
-    monkeypatch.setattr(small_lab, "examine_sight", seen)
+    monkeypatch.setattr(small_lab, "examine_vlm", seen)
     assert small_lab.examine_architecture("tuned", lab.TunedQFormer) == dict(fails=1)
     assert not torch.equal(nets[-1]["qformer.query_tokens"], eyes.qformer.query_tokens)
     assert torch.equal(nets[-1]["vit.cls_token"], eyes.vit.cls_token)
     small_lab.examine_architecture("three", lab.ThreeLayers)
     assert nets[-1]["llama_proj.0.weight"].any(), "between layers of zeros nothing is learned"
     small_lab.examine_architecture("linear", vision.MiniGPT4)
-    shutil.copytree(small_lab.out / "linear-1", small_lab.sight / "align")
+    shutil.copytree(small_lab.out / "linear-1", small_lab.vision_folder / "align")
     for stage, steps in (("2", 0), ("2", 500), ("1", 500)):
-        small_lab.examine_after(stage, steps)
+        small_lab.examine_after_stage(stage, steps)
     aligned, second, first = (net["llama_proj.weight"] for net in nets[-3:])
     assert aligned.any() and not torch.equal(aligned, second) and not torch.equal(aligned, first)
     assert (first - aligned).abs().max() < 0.5 * aligned.abs().max()
@@ -364,7 +365,7 @@ def test_evaluation_of_seeing(small_lab, encoder):
     """Each share is of as many pictures as are reported."""
     vlm = small_lab.open_vlm()
     net = vision.MiniGPT4(vlm.llama, vision.ViT(encoder[0]), vision.QFormer(encoder[1]))
-    found = small_lab.examine_sight(vlm, net.eval())
+    found = small_lab.examine_vlm(vlm, net.eval())
     assert found == dict(described=0, answered=0, fails=1, questions=2)
 
 
@@ -408,7 +409,7 @@ def test_facts_are_ranked_by_group(small_lab, monkeypatch):
         return best
 
     monkeypatch.setattr(lab.evaluate, "scores", scores)
-    assert small_lab.rank_facts(None) == dict(ranked=1, asked=0, questions=50)
+    assert small_lab.rank_facts(None) == dict(unasked=1, asked=0, questions=50)
 
 
 def test_oracles_as_judges(small_lab, monkeypatch):

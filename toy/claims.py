@@ -36,7 +36,7 @@ from toy.lab import (
     TunedQFormer,
     WithoutQFormer,
     chain_folder,
-    trainable,
+    load_trainable,
     trained_fraction,
 )
 
@@ -76,17 +76,18 @@ def claim(**about) -> Callable:
 
 class Results:
     """The metrics of a claim with one seed, {variant: {metric: value}}. The file holds those of all
-    seeds. Besides its columns, a variant has "questions", the number that its shares are of, and
-    "seconds"."""
+    seeds. Besides its columns, a variant has "questions", the number that its compared shares are
+    of (the smallest, if they differ), and "seconds"."""
 
     def __init__(self, file: Path, seed: int, made_with: dict):
-        self.file, self.all = file, dict(made_with=made_with)
+        self.file, self.content = file, dict(made_with=made_with, seeds={})
         if file.exists():
-            self.all = json.loads(file.read_text(encoding="utf-8"))
-        if self.all["made_with"] != made_with:
-            raise UserError(f"{file} has results with {self.all['made_with']}, not {made_with}; "
-                            "delete it, or choose another --out")
-        self.metrics = self.all.setdefault(str(seed), {})
+            self.content = json.loads(file.read_text(encoding="utf-8"))
+        before = self.content["made_with"]
+        if before != made_with:
+            raise UserError(f"{file} has results with {before}, not {made_with}; delete it, or "
+                            "choose another --out")
+        self.metrics = self.content["seeds"].setdefault(str(seed), {})
         self.started = time.time()
 
     def missing(self, variants: Iterable[str]) -> list[str]:
@@ -98,7 +99,7 @@ class Results:
         self.metrics[variant] = dict(metrics, seconds=seconds)
         self.started = time.time()
         with data.atomic_write(self.file) as file:
-            json.dump(self.all, file, indent=1)
+            json.dump(self.content, file, indent=1)
 
 
 # -- the claims -----------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ class Results:
 EXAM = dict(right="right, %", scenes="held-out scenes, %", pairs="held-out pairs, %",
             later="needs earlier turns, %")
 ANSWERED, DESCRIBED, FAILS = "right answers, %", "exact descriptions, %", "failed descriptions, %"
-STEPS = 500  # of fine-tuning, where a claim has no reason for another number
+STEPS = 500  # of fine-tuning, unless a claim needs another number
 
 
 @claim(says="Fine-tuning beats the base at every size, and counts for more than size",
@@ -134,12 +135,12 @@ def sft(lab: Lab, results: Results) -> None:
             base = lab.load(lab.base(size))
             results.add(name, **lab.examine(base, "lines", shots=lab.shots()))
         elif how == "fine-tuned":
-            results.add(name, **lab.examine(lab.chat(STEPS, base=lab.base(size))))
+            results.add(name, **lab.examine(lab.train_vicuna(STEPS, base=lab.base(size))))
         else:
-            results.add(name, **lab.examine(lab.chat(STEPS, random_size=size)))
+            results.add(name, **lab.examine(lab.train_vicuna(STEPS, from_scratch=size)))
 
 
-@claim(says="Quality beats quantity: adding noisy data does not help",
+@claim(says="Quality before quantity: adding noisy data does not help",
        source="Koala's blog post: Koala-Distill is slightly better than Koala-All",
        fixed="the clean conversations; the steps, or the epochs",
        control="the same number of conversations (3N), all noisy: half of their replies are wrong",
@@ -151,7 +152,7 @@ def sft(lab: Lab, results: Results) -> None:
            Comparison("N clean", "3N noisy, equal steps", margin=10),
            Comparison("N clean", "3N noisy, equal epochs", margin=10)])
 def quality(lab: Lab, results: Results) -> None:
-    n = lab.sizes["conversations"] // 12  # few enough that N alone is seen several times
+    n = lab.sizes["conversations"] // 12  # 1,000, which 300 steps see four times
     variants = {  # clean and noisy conversations, and steps
         "N clean": (n, 0, 300),
         "N clean, 2N noisy, equal steps": (n, 2 * n, 300),
@@ -181,13 +182,13 @@ def vicuna(lab: Lab, results: Results) -> None:
         "all four": dict(),
         "without turns": dict(single_turn=True),
         "without full answers": dict(short=True),
-        "without long context": dict(seq_len=128),  # a quarter; longer conversations are cut
+        "without long context": dict(seq_len=128),  # instead of 512; what is longer is cut
         "loss on everything": dict(loss_on="everything")}
     for name in results.missing(variants):
-        results.add(name, **lab.examine(lab.chat(STEPS, **variants[name])))
-    for name in results.missing(["Alpaca's data"]):
+        results.add(name, **lab.examine(lab.train_vicuna(STEPS, **variants[name])))
+    if results.missing(["Alpaca's data"]):
         net = lab.fine_tune(f"alpaca-{STEPS}", lab.files["alpaca"], STEPS, template="alpaca")
-        results.add(name, **lab.examine(net, "alpaca"))
+        results.add("Alpaca's data", **lab.examine(net, "alpaca"))
 
 
 @claim(says="At equal compute, a smaller model that is trained longer beats a larger one",
@@ -206,14 +207,15 @@ def llama(lab: Lab, results: Results) -> None:
         "0.3M, equal steps": dict(size="0.3M", steps=TOY["base"])}
     for name in results.missing(variants):
         base = lab.base(**variants[name])
-        results.add(name, **lab.examine(lab.chat(STEPS, base=base)),
+        results.add(name, **lab.examine(lab.train_vicuna(STEPS, base=base)),
                     loss=lab.held_out_loss(lab.load(base)),
                     steps=lab.scaled(variants[name]["steps"]))
 
 
 @claim(says="LoRA matches full fine-tuning, and trains a few percent of the parameters",
        source="LoRA (2106.09685); Alpaca-LoRA",
-       fixed="data, steps and optimizer (AdamW); few parameters get ten times the learning rate",
+       fixed="data, steps and optimizer (AdamW); but 1e-2 is the learning rate of few parameters, "
+             "and 1e-3 that of all",
        control="only the output matrix is trained: three times the parameters of rank 4",
        expected="rank 4 is within 10 points of full fine-tuning, the output matrix far below",
        minutes=9, columns=dict(EXAM, trained="trained parameters, %"),
@@ -222,16 +224,16 @@ def llama(lab: Lab, results: Results) -> None:
            Comparison("rank 16", "full", margin=-10),
            Comparison("rank 4", "output matrix", margin=10)])
 def lora(lab: Lab, results: Results) -> None:
-    variants = {
-        "output matrix": dict(head_only=True),
-        "rank 1": dict(lora_rank=1),
-        "rank 4": dict(lora_rank=4),
-        "rank 16": dict(lora_rank=16),
-        "full": dict()}
+    variants = {  # learning rate, and what is trained
+        "output matrix": (1e-2, dict(head_only=True)),
+        "rank 1": (1e-2, dict(lora_rank=1)),
+        "rank 4": (1e-2, dict(lora_rank=4)),
+        "rank 16": (1e-2, dict(lora_rank=16)),
+        "full": (1e-3, dict())}
     for name in results.missing(variants):
-        trained = trained_fraction(trainable(lab.chain("base"), **variants[name]))
-        rate = 1e-3 if name == "full" else 1e-2
-        net = lab.chat(STEPS, optimizer="adamw", learning_rate=rate, **variants[name])
+        rate, what = variants[name]
+        net = lab.train_vicuna(STEPS, optimizer="adamw", learning_rate=rate, **what)
+        trained = trained_fraction(load_trainable(lab.chain("base"), **what))
         results.add(name, **lab.examine(net), trained=trained)
 
 
@@ -255,7 +257,7 @@ def four_bits(lab: Lab, results: Results) -> None:
             results.add(name, **metrics, megabytes=megabytes, questions=n)
 
 
-@claim(says="One linear layer between Q-Former and language model is enough",
+@claim(says="One linear layer between the Q-Former and the language model is enough",
        source="MiniGPT-4 (2304.10592), ablations, accuracy on AOK-VQA and GQA: linear 58.2 and "
               "32.2; three layers 49.7 and 31.0; no Q-Former 56.9 and 33.4; tuned 52.1 and 28.0",
        fixed="pictures, descriptions and steps of both stages",
@@ -283,20 +285,20 @@ def projection(lab: Lab, results: Results) -> None:
               "2%",
        fixed="the model after stage 1, and the steps beyond it",
        control="the same number of additional steps of stage 1",
-       expected="most failures are gone after 100 steps; more of stage 1 does not cure them",
+       expected="10 points fewer failures after 100 steps, 20 after 400; stage 1 alone keeps more",
        minutes=5, columns=dict(fails=FAILS, described=DESCRIBED, answered=ANSWERED),
        comparisons=[
            Comparison("stage 1", "100 steps of stage 2", margin=10),
            Comparison("stage 1", "400 steps of stage 2", margin=20),
            Comparison("400 more of stage 1", "400 steps of stage 2")])
 def stage_two(lab: Lab, results: Results) -> None:
-    variants = {"stage 1": ("2", 0)}  # and nothing more
+    variants = {"stage 1": ("1", 0)}
     for steps in (25, 50, 100, 200, 400):
-        variants[f"{steps} steps of stage 2"] = "2", steps
-        variants[f"{steps} more of stage 1"] = "1", steps
+        variants[f"{steps} steps of stage 2"] = ("2", steps)
+        variants[f"{steps} more of stage 1"] = ("1", steps)
     for name in results.missing(variants):
         stage, steps = variants[name]
-        results.add(name, **lab.examine_after(stage, steps))
+        results.add(name, **lab.examine_after_stage(stage, steps))
 
 
 @claim(says="A judge that sees one order is biased; both orders cure it. Judges are bad at math",
@@ -332,10 +334,10 @@ def judge(lab: Lab, results: Results) -> None:
        fixed="records, steps, and the teacher",
        control="the same instructions before they evolve (simple)",
        expected="evolved wins on harder questions, and loses at most 5 points on simple ones",
-       minutes=5, columns=dict(harder="harder questions, %", simple="simple questions, %"),
+       minutes=5, columns=dict(on_harder="harder questions, %", on_simple="simple questions, %"),
        comparisons=[
            Comparison("evolved", "simple"),
-           Comparison("evolved", "simple", margin=-5, column="simple")])
+           Comparison("evolved", "simple", margin=-5, column="on_simple")])
 def evolved(lab: Lab, results: Results) -> None:
     variants = ("world", "seeds", "simple", "evolved")  # training files of toy/instruct.py
     if results.missing(variants):
@@ -344,16 +346,16 @@ def evolved(lab: Lab, results: Results) -> None:
             base=lab.chain("base"), out=str(lab.out / "instruct"), seed=lab.seed, questions=n,
             count=lab.scaled(600), records=lab.scaled(3000), steps=lab.scaled(200)))
         for name in variants:
-            harder = [cells[name] for cells in tables["harder"].values()]
-            simple = [cells[name] for cells in tables["simple"].values()]
-            results.add(name, harder=statistics.mean(harder), simple=statistics.mean(simple),
+            harder = [row[name] for row in tables["harder"].values()]
+            simple = [row[name] for row in tables["simple"].values()]
+            results.add(name, on_harder=statistics.mean(harder), on_simple=statistics.mean(simple),
                         questions=n * min(len(harder), len(simple)))
 
 
 @claim(says="In-context retrieval depends on the optimizer, the initialization and the documents",
        source="this repository: docs/toy.md, what it depends on",
        fixed="steps and tokens of pre-training",
-       control="one of the three as usual: AdamW, normal weights, scenes told once",
+       control="one of the three set back to its default: AdamW, normal weights, scenes told once",
        expected="each helps; 10% is chance, 50% if only the two colors of the scene are known",
        minutes=10, columns=dict(retrieved="color retrieved, %"),
        comparisons=[
@@ -377,20 +379,20 @@ def retrieval(lab: Lab, results: Results) -> None:
        control="people whom the conversations do mention",
        expected="fewer facts are said after more steps, but the true town is ranked first at most "
                 "10 points less often than by the base",
-       minutes=7, columns=dict(said="said, %", ranked="true town ranked first, %",
+       minutes=7, columns=dict(said="said, %", unasked="true town ranked first, %",
                                asked="ranked first, people of the conversations, %"),
        comparisons=[
            Comparison("after 100 steps", "after 600 steps"),
-           Comparison("after 600 steps", "base", margin=-10, column="ranked")])
+           Comparison("after 600 steps", "base", margin=-10, column="unasked")])
 def fades(lab: Lab, results: Results) -> None:
     rows = dict(facts=exam.ALL_ROWS["facts"])
-    for name in results.missing(["base"]):
+    if results.missing(["base"]):
         base = lab.load(lab.chain("base"))
         said = lab.examine(base, "lines", rows=rows, shots=lab.shots())["facts"]
-        results.add(name, said=said, **lab.rank_facts(base))
+        results.add("base", said=said, **lab.rank_facts(base))
     variants = {f"after {steps} steps": steps for steps in (100, 300, 600)}
     for name in results.missing(variants):
-        net = lab.chat(variants[name])
+        net = lab.train_vicuna(variants[name])
         said = lab.examine(net, rows=rows)["facts"]
         results.add(name, said=said, **lab.rank_facts(net))
 
@@ -409,13 +411,17 @@ class Outcome(NamedTuple):
     verdict: str
 
 
-def compare(comparison: Comparison, column: str, runs: list[dict]) -> Outcome:
-    """`column` of variant a minus that of b, the mean over the runs: one {variant: metrics} for
-    each seed."""
-    pairs = [(run[comparison.a], run[comparison.b]) for run in runs]
+def compare(comparison: Comparison, column: str, by_seed: list[dict]) -> Outcome:
+    """The difference a - b in `column`, the mean over seeds. by_seed: {variant: metrics} of each.
+    """
+    pairs = [(variants[comparison.a], variants[comparison.b]) for variants in by_seed]
     differences = [100 * (a[column] - b[column]) for a, b in pairs]
     mean = statistics.mean(differences)
-    error = seed_error(differences) if len(runs) > 1 else question_error(*pairs[0], column)
+    if len(by_seed) > 1:
+        error = seed_error(differences)
+    else:
+        a, b = pairs[0]
+        error = question_error(a, b, column)
     verdict = "too close to tell"
     if mean - comparison.margin > error:
         verdict = "holds"
@@ -436,7 +442,8 @@ def question_error(a: dict, b: dict, column: str) -> float:
     halves = []
     for metrics in (a, b):
         n = metrics["questions"]
-        low, high = evaluate.interval(round(n * metrics[column]), n)
+        share = max(0, metrics[column])  # only a lean can be negative
+        low, high = evaluate.interval(round(n * share), n)
         halves.append(100 * (high - low) / 2)
     return math.hypot(*halves)
 
@@ -452,15 +459,15 @@ def overall(outcomes: list[Outcome]) -> str:
 
 # -- what is printed and drawn --------------------------------------------------------------------
 
-def markdown(about: Claim, runs: list[dict]) -> list[str]:
+def markdown(about: Claim, by_seed: list[dict]) -> list[str]:
     """The lines of a table: the mean of each metric, and its range if there are several seeds."""
     lines = [f"| | {' | '.join(about.columns.values())} |", "|---" * (1 + len(about.columns)) + "|"]
-    for variant in runs[0]:
+    for name in by_seed[0]:
         cells = []
         for column, title in about.columns.items():
-            values = [run[variant].get(column) for run in runs]
+            values = [variants[name].get(column) for variants in by_seed]
             cells.append("" if None in values else cell(values, title))
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -472,33 +479,33 @@ def cell(values: list[float], title: str) -> str:
     return text if len(values) == 1 else f"{text} ({show(min(values))} to {show(max(values))})"
 
 
-def report(name: str, runs: list[dict], out: Path, fast: bool = False) -> dict:
-    """Prints the table and the verdict, and draws the picture."""
+def report(name: str, by_seed: list[dict], out: Path, fast: bool = False) -> dict:
+    """Prints the table and the verdict, and draws the chart."""
     about = CLAIMS[name]
     outcomes = []
     print()
-    for line in markdown(about, runs):
+    for line in markdown(about, by_seed):
         print(line)
     print()
     for comparison in about.comparisons:
         column = comparison.column or next(iter(about.columns))
-        outcome = compare(comparison, column, runs)
+        outcome = compare(comparison, column, by_seed)
         outcomes.append(outcome)
         print(f"{outcome.verdict}: {comparison.a} - {comparison.b} = {outcome.difference:+.1f} "
               f"± {outcome.error:.1f} ({about.columns[column]}), expected above "
               f"{comparison.margin:+.0f}")
-    if len(runs) == 1:
-        print("One seed: the error is of the questions alone, not of the training.")
+    if len(by_seed) == 1:
+        print("One seed: the error does not cover the variation between training runs.")
     verdict = overall(outcomes)
-    seconds = sum(metrics["seconds"] for run in runs for metrics in run.values())
-    print(f"\n{about.says}: {verdict}. {len(runs)} of --seeds, {seconds / 60:.0f} minutes in all")
+    seconds = sum(metrics["seconds"] for variants in by_seed for metrics in variants.values())
+    print(f"\n{about.says}: {verdict}. Seeds: {len(by_seed)}; {seconds / 60:.0f} minutes in all")
     if fast:
         print("--fast has a tenth of the steps: this shows the trend only.")
-    draw(about, runs, out / f"{name}.png")
-    return dict(verdict=verdict, runs=runs)
+    draw(about, by_seed, out / f"{name}.png")
+    return dict(verdict=verdict, by_seed=by_seed)
 
 
-def draw(about: Claim, runs: list[dict], path: Path) -> None:
+def draw(about: Claim, by_seed: list[dict], path: Path) -> None:
     """Saves a chart of the first column, with a point for each seed, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
@@ -506,14 +513,14 @@ def draw(about: Claim, runs: list[dict], path: Path) -> None:
         print("no chart: pip install matplotlib")
         return
     column, title = next(iter(about.columns.items()))
-    variants = list(runs[0])[::-1]  # from top to bottom
-    figure = Figure(figsize=(8, 1 + 0.35 * len(variants)), layout="constrained")
+    names = list(by_seed[0])[::-1]  # the first one on top
+    figure = Figure(figsize=(8, 1 + 0.35 * len(names)), layout="constrained")
     axes = figure.add_subplot(xlabel=title, xlim=(0, 100))
     figure.suptitle("\n".join(textwrap.wrap(about.says, 70)))
-    for variant in variants:
-        shares = [100 * run[variant][column] for run in runs]
-        axes.barh(variant, statistics.mean(shares), color="lightsteelblue")
-        axes.plot(shares, [variant] * len(shares), "k.")
+    for name in names:
+        shares = [100 * variants[name][column] for variants in by_seed]
+        axes.barh(name, statistics.mean(shares), color="lightsteelblue")
+        axes.plot(shares, [name] * len(shares), "k.")
     figure.savefig(path, dpi=120)
     print(f"chart: {path}")
 
@@ -560,18 +567,17 @@ def main(cfg: ClaimsConfig) -> dict:
     print(f"{about.says}\n  source: {about.source}\n  fixed: {about.fixed}\n"
           f"  control: {about.control}\n  expected: {about.expected}")
     machine = choose_machine("auto", "float32")
-    runs = []
+    made_with, by_seed = dict(run=cfg.run, fast=cfg.fast), []
     with lock(out, machine):
         for seed in range(cfg.seeds):
-            made_with = dict(run=cfg.run, fast=cfg.fast)
             results = Results(out / f"{cfg.name}.json", seed, made_with)
             lab = Lab(out, Path(cfg.run), seed, cfg.fast, machine)
             try:
                 about.measure(lab, results)
             except KeyboardInterrupt:
                 raise Stopped(f"results so far: {results.file}") from None
-            runs.append(results.metrics)
-    return report(cfg.name, runs, out, cfg.fast)
+            by_seed.append(results.metrics)
+    return report(cfg.name, by_seed, out, cfg.fast)
 
 
 if __name__ == "__main__":

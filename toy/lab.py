@@ -1,9 +1,9 @@
-"""The laboratory of toy/claims.py: trains a model of the toy chain with one thing changed, and
-evaluates it.
+"""Ablations for toy/claims.py: train a model of the toy chain with one thing changed, and evaluate
+it.
 
 What can be changed is an argument here: the size, initialization and documents of a base model; the
-data, loss, sequence length and trainable weights of a fine-tuning; the architecture of a MiniGPT-4.
-Other settings of train_sft.py are passed on.
+data, loss, sequence length and trainable weights of a fine-tuned one; the architecture of a
+MiniGPT-4. The optimizer, learning rate and LoRA rank are passed on to train_sft.py.
 """
 
 import functools
@@ -27,7 +27,7 @@ from tools.machine import Machine, train_flops
 from toy import exam, world
 
 TOY = train_sft.TOY  # steps and data sizes of the toy chain
-STEP_TOKENS = 2048  # in a step, for any sequence length
+STEP_TOKENS = 2048  # per step, whatever the sequence length
 # Shapes of the language model by their number of parameters. The first is the toy chain's.
 LLAMAS = {"1.1M": model.PRESETS["toy"],
           "0.3M": dict(model.PRESETS["toy"], dim=64, hidden_dim=192),
@@ -35,17 +35,17 @@ LLAMAS = {"1.1M": model.PRESETS["toy"],
 
 
 def chain_folder(run: Path, seed: int) -> Path:
-    """Where the toy chain of a seed is: run/seed0, run/seed1, ...; that of seed 0 may also be in
-    `run` itself."""
-    own = run / f"seed{seed}"
-    if seed == 0 and not own.exists():
+    """The folder of a seed's toy chain: run/seed0, run/seed1, ... For seed 0, `run` itself if there
+    is no run/seed0."""
+    folder = run / f"seed{seed}"
+    if seed == 0 and not (folder / "base").exists():
         return run
-    return own
+    return folder
 
 
 class Lab:
-    """All models of one seed. Those of the toy chain are taken from `run` if they are there. The
-    others are trained in `out`; finished ones are loaded, and interrupted ones resume."""
+    """All models of one seed. Those of the toy chain are loaded from `run` if they are there. The
+    others are trained in `out`: finished ones are loaded, and interrupted ones resume."""
 
     def __init__(self, out: Path, run: Path, seed: int, fast: bool, machine: Machine):
         self.out, self.run, self.seed = out / f"seed{seed}", chain_folder(run, seed), seed
@@ -67,17 +67,16 @@ class Lab:
         return net
 
     def chain(self, name: str) -> str:
-        """The folder of base, alpaca or vicuna, which is trained if need be, as train_sft.py does.
-        """
+        """The folder of base, alpaca or vicuna. Trains it first if needed."""
         if self.in_run(name):
             return str(self.run / name)
+        steps = TOY[name]
         if name == "base":
-            self.pretrain("base", TOY["base"])
+            self.pretrain("base", steps)
         elif name == "alpaca":
-            self.fine_tune("alpaca", self.files["alpaca"], TOY["alpaca"], template="alpaca",
-                           seq_len=256)
-        else:
-            self.fine_tune("vicuna", self.files["vicuna"], TOY["vicuna"])
+            self.fine_tune("alpaca", self.files["alpaca"], steps, template="alpaca", seq_len=256)
+        else:  # from the base, too
+            self.fine_tune("vicuna", self.files["vicuna"], steps)
         return str(self.out / name)
 
     def base(self, size: str, steps: int = TOY["base"]) -> str:
@@ -125,12 +124,12 @@ class Lab:
     def noisy_conversations(self, clean: int, noisy: int) -> Path:
         """A file of conversations. In the last `noisy` of them, half of the replies are corrupted.
         """
-        rng, errors = random.Random(self.seed), random.Random(self.seed + 1)
+        rng, noise = random.Random(self.seed), random.Random(self.seed + 1)
         records = [world.conversation(rng) for _ in range(clean + noisy)]
         for record in records[clean:]:
             for reply in record["conversations"][1::2]:
-                if errors.random() < 0.5:
-                    reply["value"] = corrupt(reply["value"], errors)
+                if noise.random() < 0.5:
+                    reply["value"] = corrupt(reply["value"], noise)
         return self.write(f"clean-{clean}-noisy-{noisy}", records)
 
     def write(self, name: str, records: list[dict]) -> Path:
@@ -143,7 +142,7 @@ class Lab:
 
     def config(self, steps: int, seq_len: int, optimizer: str = "muon",
                **settings) -> train_sft.SFTConfig:
-        """The chain's settings, or other `settings`."""
+        """The chain's settings, overridden by `settings`."""
         return train_sft.SFTConfig(
             out=str(self.out), seed=self.seed, steps=self.scaled(steps), seq_len=seq_len,
             batch_size=STEP_TOKENS // seq_len, optimizer=optimizer, **settings)
@@ -162,23 +161,24 @@ class Lab:
             network=net, window=cfg.seq_len,
             extra_settings=dict(size=size, retrieval_init=retrieval_init))
 
-    def fine_tune(self, name: str, file: Path, steps: int, base: str = "", random_size: str = "",
+    def fine_tune(self, name: str, file: Path, steps: int, base: str = "", from_scratch: str = "",
                   template: str = "vicuna_v1.1", seq_len: int = 512, loss_on: str = "replies",
                   head_only: bool = False, **settings) -> model.LLaMA:
-        """Fine-tunes the chain's base on a file; or the base in the folder `base`; or random
-        weights of the size `random_size`. `loss_on` is "replies" or "everything". With `head_only`,
-        only the output matrix is trained."""
-        assert loss_on in ("replies", "everything") and not (random_size and (base or head_only))
+        """Fine-tunes the chain's base, or the one in the folder `base`, or random weights of the
+        size `from_scratch`. `loss_on` is "replies" or "everything". With `head_only`, only the
+        output matrix is trained."""
+        assert loss_on in ("replies", "everything")
+        assert not (from_scratch and (base or head_only))
         cfg = self.config(steps, seq_len, **settings)
         rows = train_sft.conversation_rows(file, template, self.tokenizer, cfg)
         if loss_on == "everything":
             supervise_everything(rows)
         depends_on = dict(loss_on=loss_on, head_only=head_only)
-        if random_size:
-            start = dict(shape=LLAMAS[random_size])
+        if from_scratch:
+            start = dict(shape=LLAMAS[from_scratch])
         elif head_only:
             base = base or self.chain("base")
-            start = dict(network=trainable(base, head_only=True), window=cfg.seq_len)
+            start = dict(network=load_trainable(base, head_only=True), window=cfg.seq_len)
             depends_on["base_crc"] = checkpoint.fingerprint(base)
         else:
             start = dict(parent=base or self.chain("base"))
@@ -186,27 +186,27 @@ class Lab:
             cfg, name, self.machine, rows, self.tokenizer, template, checkpoint.digest(file),
             extra_settings=depends_on, **start)
 
-    def chat(self, steps: int, base: str = "", single_turn: bool = False, short: bool = False,
-             **changed) -> model.LLaMA:
+    def train_vicuna(self, steps: int, base: str = "", single_turn: bool = False,
+                     short: bool = False, **changed) -> model.LLaMA:
         """Vicuna after `steps` steps, with arguments of `conversations`, `fine_tune` or
         train_sft.py changed. Its folder is named after the changes, so that claims share models."""
         file = self.conversations(single_turn, short)
         name = f"{file.stem}-{steps}"
-        if base and Path(base).name != "base":
+        if base and Path(base).name != "base":  # not the chain's
             name += f"-{Path(base).name}"
         for option, value in sorted(changed.items()):
             name += f"-{option}-{value}"
         return self.fine_tune(name, file, steps, base, **changed)
 
     def steps_of_equal_flops(self, size: str) -> int:
-        """The steps in which pre-training a model of this size takes the FLOPs of the chain's base.
+        """How many pre-training steps a model of this size gets for the FLOPs of the chain's base.
         """
         return round(TOY["base"] * self.step_flops("1.1M") / self.step_flops(size))
 
     def step_flops(self, size: str) -> float:
         """FLOPs of a step of pre-training."""
         shape = model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
-        return train_flops(shape, STEP_TOKENS, STEP_TOKENS, seq_len=256)
+        return train_flops(shape, tokens=STEP_TOKENS, supervised=STEP_TOKENS, seq_len=256)
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class Lab:
         return exam.few_shot_examples([world.instruction(rng) for _ in range(4)])
 
     def held_out_loss(self, net) -> float:
-        """In nats per token, on documents that no base model was trained on."""
+        """Loss on documents that no base model was trained on, in nats per token."""
         _, texts = self.documents()
         rows = train_sft.pack_documents(texts, self.tokenizer, self.config(1, 256))
         total, count = train_sft.validate(net, rows, self.machine)
@@ -234,54 +234,52 @@ class Lab:
 
     def retrieve(self, net) -> dict:
         """Accuracy of in-context retrieval: after a document that tells a new scene once, and then
-        "The ring is", the true color must be the likeliest of all."""
+        "The ring is", the true color must be the likeliest of all. (Each color is one token.)"""
         n, rng = 2 * self.sizes["questions"], random.Random("retrieved")
         right = 0
         for _ in range(n):
-            o, other = world.pick_scene(rng, "scenes", 2)
-            while o.shape == other.shape or o.color == other.color:
-                o, other = world.pick_scene(rng, "scenes", 2)
-            scene = o, other
+            scene = pick_different(rng)
             o = rng.choice(scene)
             text = f"{world.tell_in_sentences(scene, rng)} The {o.shape} is"
             context = [self.tokenizer.bos, *self.tokenizer.encode(text)]
             rows = [(context, self.tokenizer.encode(color)) for color in world.COLORS]
             best = int(evaluate.log_likelihoods(net, rows).argmax())
-            right += world.COLORS[best] == o.color
+            right += int(world.COLORS[best] == o.color)
         return dict(retrieved=right / n, questions=n)
 
     def rank_facts(self, net) -> dict:
         """Accuracy of ranking the towns after "NAME lives in" by likelihood: for people whom
-        fine-tuning does not mention ("ranked"), and for those whom it does ("asked")."""
-        file, right = self.out / "data" / "facts.jsonl", dict(asked=[], unasked=[])
+        fine-tuning asks about, and for those whom it does not ("unasked")."""
+        right = dict(asked=[], unasked=[])
+        file = self.out / "data" / "facts.jsonl"
         world.write_facts(file)
         for item in evaluate.read_items(file)[0]:
             rows = evaluate.make_rows(item, "", self.tokenizer)
             best = int(evaluate.scores(net, item, rows).argmax())
             right[item.group].append(best == item.right)
-        return dict(ranked=statistics.mean(right["unasked"]),
+        return dict(unasked=statistics.mean(right["unasked"]),
                     asked=statistics.mean(right["asked"]), questions=len(right["unasked"]))
 
     def judge_by_oracle(self, oracle: str, both_orders: bool) -> dict:
         """One of judge.py's oracles judges the chain, a noisy player and a true one. "agrees": the
         share of its verdicts that are true. "leans": of the pairs of equally right answers, the
-        share that the answer shown first wins, minus the share that it loses."""
+        share that the first answer wins, minus the share that it loses."""
         players = [self.chain("vicuna"), self.chain("alpaca"), "noisy", "oracle"]
         report = judge.main(judge.JudgeConfig(
-            players=",".join(players), judge=oracle, swap=both_orders,
+            players=",".join(players), judge=oracle, swap=both_orders, seed=self.seed,
             out=str(self.out / "judge")))
         rows = [row for pair in report["pairs"] for row in pair["rows"]]
         agrees = [row["verdict"] == row["truth"] for row in rows]
-        draws = [row["verdict"] for row in rows if row["truth"] == 0]
-        first_wins, first_loses = draws.count(-1), draws.count(1)
-        return dict(agrees=sum(agrees) / len(rows), leans=(first_wins - first_loses) / len(draws),
+        equal = [row["verdict"] for row in rows if row["truth"] == 0]
+        first_wins, first_loses = equal.count(-1), equal.count(1)
+        return dict(agrees=sum(agrees) / len(rows), leans=(first_wins - first_loses) / len(equal),
                     questions=len(rows))
 
     def judge_by_likelihood(self, net, split: str, kinds: Sequence[str]) -> dict:
         """A small model as judge of a true and a corrupted answer. It cannot write a review; it
         prefers the answer that it finds likelier per token. Yes and no cannot be corrupted."""
         n, rng = self.sizes["questions"], random.Random(0)
-        items = [item for item in world.test_set(split, 8 * n)
+        items = [item for item in world.test_set(split, 8 * n)  # about one in eight is wanted
                  if item.question.kind in kinds and "yesno" not in item.question.truth][:n]
         right = 0
         for item in items:
@@ -294,12 +292,12 @@ class Lab:
             right += int(true > wrong)
         return dict(agrees=right / len(items), questions=len(items))
 
-    # -- seeing -----------------------------------------------------------------------------------
+    # -- MiniGPT-4 --------------------------------------------------------------------------------
 
     @functools.cached_property
-    def sight(self) -> Path:
+    def vision_folder(self) -> Path:
         """The folder with the encoder, the projection after stage 1, and the curated descriptions:
-        that of train_vlm.py, or one that is made here."""
+        that of train_vlm.py if there is one. Otherwise all are made here."""
         if self.in_run("vicuna", "vision", "align") and (self.run / "curated").exists():
             return self.run
         if not (self.out / "curated" / "filter_cap.json").exists():
@@ -316,44 +314,45 @@ class Lab:
 
     def build(self, vlm: train_vlm.VLMRun, architecture: type) -> tuple[vision.MiniGPT4, dict]:
         """A MiniGPT-4 with an untrained projection, and what it depends on."""
-        vit, qformer = vision.load_encoder(self.sight / "vision")
+        vit, qformer = vision.load_encoder(self.vision_folder / "vision")
         torch.manual_seed(self.seed)
         net = architecture(vlm.llama, vit, qformer).to(self.machine.device)
         parts = dict(architecture=architecture.__name__,
                      llama_crc=checkpoint.fingerprint(vlm.folder),
-                     vision_crc=checkpoint.fingerprint(self.sight / "vision"))
+                     vision_crc=checkpoint.fingerprint(self.vision_folder / "vision"))
         return net, parts
 
     def examine_architecture(self, name: str, architecture: type) -> dict:
         """Trains both stages with another architecture, and evaluates it."""
         vlm = self.open_vlm()
         net, parts = self.build(vlm, architecture)
-        if architecture is vision.MiniGPT4 and self.sight == self.run and self.in_run("minigpt4"):
+        trained = self.vision_folder == self.run and self.in_run("minigpt4") and not self.fast
+        if architecture is vision.MiniGPT4 and trained:
             checkpoint.load(self.run / "minigpt4", network=net)
-            return self.examine_sight(vlm, net.eval())
-        alt = train_vlm.load_album(self.sight / "data" / "alt")
-        curated = train_vlm.load_album(self.sight / "curated")
+            return self.examine_vlm(vlm, net.eval())
+        alt = train_vlm.load_album(self.vision_folder / "data" / "alt")
+        curated = train_vlm.load_album(self.vision_folder / "curated")
         train_vlm.train_projection(vlm, "1", net, parts, alt, f"{name}-1")
         train_vlm.train_projection(vlm, "2", net, parts, curated, f"{name}-2",
                                    parent=str(self.out / f"{name}-1"))
-        return self.examine_sight(vlm, net.eval())
+        return self.examine_vlm(vlm, net.eval())
 
-    def examine_after(self, stage: str, steps: int) -> dict:
-        """Evaluates the model after stage 1 and then `steps` steps of stage 2, or of stage 1."""
+    def examine_after_stage(self, stage: str, steps: int) -> dict:
+        """Evaluates the model after stage 1 and `steps` steps more, of stage 1 or 2."""
         vlm = self.open_vlm(stage, self.scaled(steps))
         net, parts = self.build(vlm, vision.MiniGPT4)
-        aligned = self.sight / "align"
+        aligned = self.vision_folder / "align"
         checkpoint.load(aligned, network=net)
         if steps:
-            folder = self.sight / ("curated" if stage == "2" else "data/alt")
+            folder = self.vision_folder / ("curated" if stage == "2" else "data/alt")
             train_vlm.train_projection(vlm, stage, net, parts, train_vlm.load_album(folder),
                                        f"stage-{stage}-{steps}", parent=str(aligned))
-        return self.examine_sight(vlm, net.eval())
+        return self.examine_vlm(vlm, net.eval())
 
-    def examine_sight(self, vlm: train_vlm.VLMRun, net: vision.MiniGPT4) -> dict:
+    def examine_vlm(self, vlm: train_vlm.VLMRun, net: vision.MiniGPT4) -> dict:
         """On pictures of held-out scenes: the shares of exact descriptions, of right answers, and
         of descriptions that fail in one of the ways that stage 2 is meant to cure."""
-        def play(e, texts, texts_with_scene):
+        def play(e, texts, _texts_with_scene):
             features = train_vlm.encode_images(net, e.pictures, vlm.machine)
             return train_vlm.ask(net, vlm, texts, features)
 
@@ -362,21 +361,31 @@ class Lab:
         described, answered = (cells["model"] for cells in table.values())
         descriptions, ended = said["scenes", "model"]
         scenes = exam.picture_exam("scenes", n).scenes
-        fails = [bool(exam.failure(*one)) for one in zip(scenes, descriptions, ended)]
+        fails = [bool(exam.failure(scene, text, done))
+                 for scene, text, done in zip(scenes, descriptions, ended)]
         return dict(described=described, answered=answered, fails=sum(fails) / n, questions=n)
 
 
-# -- what is changed ------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
+
+def pick_different(rng: random.Random) -> world.Scene:
+    """A held-out scene of two objects that differ in shape and in color."""
+    while True:
+        a, b = world.pick_scene(rng, "scenes", 2)
+        if a.shape != b.shape and a.color != b.color:
+            return a, b
+
 
 def supervise_everything(rows: data.Rows) -> None:
-    """In place: labels all tokens but the padding, as in pre-training. (Nothing predicts the first
+    """Labels all tokens but the padding, in place, as in pre-training. (Nothing predicts the first
     token of a conversation: see model.shift_labels.)"""
     is_text = rows.segments >= 0
     rows.labels[is_text] = rows.tokens[is_text]
 
 
-def trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> model.LLaMA:
+def load_trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> model.LLaMA:
     """A checkpoint in which the adapters, the output matrix, or all weights require gradients."""
+    assert not (lora_rank and head_only)
     net, _, _ = checkpoint.load(folder)
     if lora_rank:
         model.add_lora(net, lora_rank)
@@ -393,8 +402,8 @@ def trained_fraction(net: model.LLaMA) -> float:
 
 
 def corrupt(text: str, rng: random.Random) -> str:
-    """Replaces the last size, color, shape, place or number by another; a text that has none stays
-    the same. No color and shape of a held-out pair come together that the text did not name."""
+    """Replaces the last size, color, shape, place, or number in digits by another one. A text that
+    has none stays the same. Never introduces a held-out pair of color and shape."""
     kinds = (world.SIZES, world.COLORS, world.SHAPES, world.PLACES)
     words = "|".join(word for kind in kinds for word in kind)
     found = list(re.finditer(rf"\b(?:{words})\b|\d+", text))
@@ -472,7 +481,7 @@ class TunedQFormer(vision.MiniGPT4):
 
 
 class RandomEncoder(vision.MiniGPT4):
-    """ViT and Q-Former have random weights: what they say of a picture is of little use."""
+    """ViT and Q-Former have random weights, so their output says little about a picture."""
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vision.ViT(vit.config), vision.QFormer(qformer.config))
