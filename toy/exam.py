@@ -164,12 +164,12 @@ def examine(players: dict[str, Player], rows: dict, n: int) -> tuple[dict, dict]
 
 
 def print_table(title: str, table: dict) -> None:
-    columns = list(next(iter(table.values())))
-    width = max(11, *(len(name) + 2 for name in columns))
+    widths = {name: max(11, len(name) + 2) for name in next(iter(table.values()))}
     first = 2 + max(len(row) for row in table)
-    print(f"\n{title:<{first}}" + "".join(f"{name:>{width}}" for name in columns))
+    print(f"\n{title:<{first}}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for row, cells in table.items():
-        print(f"{row:<{first}}" + "".join(f"{100 * cells[name]:>{width}.0f}" for name in columns))
+        values = [f"{100 * cells[name]:>{width}.0f}" for name, width in widths.items()]
+        print(f"{row:<{first}}" + "".join(values))
 
 
 def run_toy_exam(models: dict, tokenizer: data.Tokenizer, files: dict, n: int, full: bool) -> dict:
