@@ -115,7 +115,7 @@ STEPS = 500  # of fine-tuning, unless a claim needs another number
        fixed="steps and tokens, both of pre-training and of fine-tuning",
        control="the same fine-tuning from random weights",
        expected="even the smallest fine-tuned model beats the largest base",
-       minutes=16, columns=EXAM,
+       minutes=12, columns=EXAM,
        comparisons=[
            Comparison("1.1M fine-tuned", "1.1M few-shot"),
            Comparison("0.3M fine-tuned", "0.3M few-shot"),
@@ -145,7 +145,7 @@ def sft(lab: Lab, results: Results) -> None:
        fixed="the clean conversations; the steps, or the epochs",
        control="the same number of conversations (3N), all noisy: half of their replies are wrong",
        expected="clean is at most 5 points below mixed, and more than 10 above noisy",
-       minutes=16, columns=EXAM,
+       minutes=14, columns=EXAM,
        comparisons=[
            Comparison("N clean", "N clean, 2N noisy, equal steps", margin=-5),
            Comparison("N clean", "N clean, 2N noisy, equal epochs", margin=-5),
