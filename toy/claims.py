@@ -170,7 +170,7 @@ def quality(lab: Lab, results: Results) -> None:
        fixed="the base, steps and tokens, so FLOPs (but not the number of supervised tokens)",
        control="the same data with every token in the loss",
        expected="each ingredient that is removed costs something",
-       minutes=18, columns=EXAM,
+       minutes=14, columns=EXAM,
        comparisons=[
            Comparison("all four", "without turns"),
            Comparison("all four", "without full answers"),
