@@ -58,7 +58,7 @@ class Claim(NamedTuple):
     fixed: str  # what the variants have in common
     control: str  # what could falsify the claim
     expected: str
-    minutes: int  # one seed, two cores, with the models of train_sft.py and train_vlm.py
+    minutes: int  # one seed, one thread, with the models of train_sft.py and train_vlm.py
     columns: dict  # metric: title. Shares are stored as 0 to 1, and have a % in their title
     comparisons: list[Comparison]
 
@@ -263,7 +263,7 @@ def four_bits(lab: Lab, results: Results) -> None:
        fixed="pictures, descriptions and steps of both stages",
        control="the same training with a random encoder",
        expected="the others are at most 5 points better, the control is far below",
-       minutes=22, columns=dict(answered=ANSWERED, described=DESCRIBED, fails=FAILS),
+       minutes=29, columns=dict(answered=ANSWERED, described=DESCRIBED, fails=FAILS),
        comparisons=[
            Comparison("linear", "three layers", margin=-5),
            Comparison("linear", "without Q-Former", margin=-5),
@@ -555,7 +555,7 @@ def print_list() -> None:
         print(f"{name:<11} {about.says}")
         for line in textwrap.wrap(f"{about.source}; {about.minutes} minutes", 84):
             print(f"{'':<11}   {line}")
-    print("\nMinutes are for one seed on two cores, with the models of train_sft.py and "
+    print("\nMinutes are for one seed on one thread, with the models of train_sft.py and "
           "train_vlm.py in out/.")
 
 
