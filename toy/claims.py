@@ -83,7 +83,7 @@ class Results:
         self.file, self.content = file, dict(made_with=made_with, seeds={})
         if file.exists():
             self.content = json.loads(file.read_text(encoding="utf-8"))
-        before = self.content["made_with"]
+        before = self.content.get("made_with")
         if before != made_with:
             raise UserError(f"{file} has results with {before}, not {made_with}; delete it, or "
                             "choose another --out")
