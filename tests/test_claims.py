@@ -162,7 +162,7 @@ def test_results_of_other_models_are_not_reported(run, tmp_path):
     results = claims.Results(tmp_path / "lora.json", 0, dict(run="out", fast=True))
     results.add("full", right=1)
     assert claims.Results(results.file, 0, dict(run="out", fast=True)).metrics
-    with pytest.raises(UserError, match="lora.json has results with .*'fast': True.*delete it"):
+    with pytest.raises(UserError, match="lora.json was made with .*'fast': True.*delete it"):
         claims.Results(results.file, 0, dict(run="out", fast=False))
 
 

@@ -1,14 +1,14 @@
-"""Claims of the papers, tested on a laptop.
+"""Tests claims from the papers on a laptop.
 
     python -m toy.claims                      # the list of claims
     python -m toy.claims lora                 # test one: prints a table and a verdict
-    python -m toy.claims lora --seeds=3       # three seeds; the error comes from their spread
-    python -m toy.claims lora --fast          # a tenth of the steps: shows the trend only
+    python -m toy.claims lora --seeds=3       # three seeds; error from the spread across seeds
+    python -m toy.claims lora --fast          # a tenth of the steps; shows only the trend
 
 Each claim is a function below. It trains or evaluates variants that differ in one thing (see
-toy/lab.py). Its decorator says what they have in common, which control could falsify the claim, and
-which comparisons must hold. Each result is saved in --out as soon as it is known; the same command
-resumes. docs/claims.md has the results.
+toy/lab.py). Its decorator says what the variants share, which control could falsify the claim, and
+which comparisons must hold. Each result is saved in --out as soon as it is ready; rerun the command
+to resume. docs/claims.md has the results.
 """
 
 import json
@@ -58,35 +58,35 @@ class Claim(NamedTuple):
     fixed: str  # what the variants have in common
     control: str  # what could falsify the claim
     expected: str
-    minutes: int  # one seed, one thread, with the models of train_sft.py and train_vlm.py
-    columns: dict  # metric: title. Shares are stored as 0 to 1, and have a % in their title
+    minutes: int  # one seed on one thread, with train_sft.py and train_vlm.py already run
+    columns: dict  # metric: title. A % in the title marks a share, stored as 0 to 1
     comparisons: list[Comparison]
 
 
 CLAIMS: dict[str, Claim] = {}
 
 
-def claim(**about) -> Callable:
+def claim(**fields) -> Callable:
     """Registers the function below in CLAIMS; `four_bits` becomes "four-bits"."""
     def add(measure: Callable) -> Callable:
-        CLAIMS[measure.__name__.replace("_", "-")] = Claim(measure, **about)
+        CLAIMS[measure.__name__.replace("_", "-")] = Claim(measure, **fields)
         return measure
     return add
 
 
 class Results:
-    """The metrics of a claim with one seed, {variant: {metric: value}}. The file holds those of all
-    seeds. Besides its columns, a variant has "questions", the number that its compared shares are
-    of (the smallest, if they differ), and "seconds"."""
+    """One seed's metrics for a claim, {variant: {metric: value}}. The file holds all seeds. Each
+    variant also has "seconds", and "questions": the denominator of its compared shares (the
+    smallest, if they differ)."""
 
     def __init__(self, file: Path, seed: int, made_with: dict):
         self.file, self.content = file, dict(made_with=made_with, seeds={})
         if file.exists():
             self.content = json.loads(file.read_text(encoding="utf-8"))
-        before = self.content.get("made_with")
-        if before != made_with:
-            raise UserError(f"{file} has results with {before}, not {made_with}; delete it, or "
-                            "choose another --out")
+            before = self.content.get("made_with")
+            if before != made_with:
+                raise UserError(f"{file} was made with {before}, not {made_with}; delete it or "
+                                "choose another --out")
         self.metrics = self.content["seeds"].setdefault(str(seed), {})
         self.started = time.time()
 
@@ -107,12 +107,12 @@ class Results:
 EXAM = dict(right="right, %", scenes="held-out scenes, %", pairs="held-out pairs, %",
             later="needs earlier turns, %")
 ANSWERED, DESCRIBED, FAILS = "right answers, %", "exact descriptions, %", "failed descriptions, %"
-STEPS = 500  # of fine-tuning, unless a claim needs another number
+STEPS = 500  # fine-tuning steps, unless a claim sets its own
 
 
-@claim(says="Fine-tuning beats the base at every size, and counts for more than size",
+@claim(says="Fine-tuning beats the base at every size, and matters more than size",
        source="InstructGPT (2203.02155), figure 1; the thesis of Alpaca and Vicuna",
-       fixed="steps and tokens, both of pre-training and of fine-tuning",
+       fixed="steps and tokens in pre-training and fine-tuning",
        control="the same fine-tuning from random weights",
        expected="even the smallest fine-tuned model beats the largest base",
        minutes=12, columns=EXAM,
@@ -143,7 +143,8 @@ def sft(lab: Lab, results: Results) -> None:
 @claim(says="Quality before quantity: adding noisy data does not help",
        source="Koala's blog post: Koala-Distill is slightly better than Koala-All",
        fixed="the clean conversations; the steps, or the epochs",
-       control="the same number of conversations (3N), all noisy: half of their replies are wrong",
+       control="the same number of conversations (3N), all noisy: about half of the replies are "
+               "wrong",
        expected="clean is at most 5 points below mixed, and more than 10 above noisy",
        minutes=14, columns=EXAM,
        comparisons=[
@@ -167,9 +168,9 @@ def quality(lab: Lab, results: Results) -> None:
 
 @claim(says="Vicuna is Alpaca with turns, full answers, a long context, and a loss on replies only",
        source="Vicuna's blog post of March 2023",
-       fixed="the base, steps and tokens, so FLOPs (but not the number of supervised tokens)",
+       fixed="the base, steps and tokens (but not the number of supervised tokens)",
        control="the same data with every token in the loss",
-       expected="each ingredient that is removed costs something",
+       expected="removing any ingredient hurts",
        minutes=14, columns=EXAM,
        comparisons=[
            Comparison("all four", "without turns"),
@@ -182,7 +183,7 @@ def vicuna(lab: Lab, results: Results) -> None:
         "all four": dict(),
         "without turns": dict(single_turn=True),
         "without full answers": dict(short=True),
-        "without long context": dict(seq_len=128),  # instead of 512; what is longer is cut
+        "without long context": dict(seq_len=128),  # instead of 512; longer ones are truncated
         "loss on everything": dict(loss_on="everything")}
     for name in results.missing(variants):
         results.add(name, **lab.examine(lab.train_vicuna(STEPS, **variants[name])))
@@ -191,11 +192,11 @@ def vicuna(lab: Lab, results: Results) -> None:
         results.add("Alpaca's data", **lab.examine(net, "alpaca"))
 
 
-@claim(says="At equal compute, a smaller model that is trained longer beats a larger one",
+@claim(says="At equal compute, a smaller model trained longer beats a larger one",
        source="Chinchilla (2203.15556); LLaMA (2302.13971), section 1, trains longer still",
        fixed="FLOPs of pre-training, the documents, and the fine-tuning before the exam",
-       control="the smaller model without the additional steps",
-       expected="0.3M wins: at these FLOPs, 20 tokens per parameter mean 0.4M parameters",
+       control="the smaller model without the extra steps",
+       expected="0.3M wins: at this budget, 20 tokens per parameter means 0.4M parameters",
        minutes=14, columns=dict(EXAM, loss="loss of the base, nats", steps="steps"),
        comparisons=[
            Comparison("0.3M, equal FLOPs", "1.1M"),
@@ -212,12 +213,12 @@ def llama(lab: Lab, results: Results) -> None:
                     steps=lab.scaled(variants[name]["steps"]))
 
 
-@claim(says="LoRA matches full fine-tuning, and trains a few percent of the parameters",
+@claim(says="LoRA matches full fine-tuning while training a few percent of the parameters",
        source="LoRA (2106.09685); Alpaca-LoRA",
-       fixed="data, steps and optimizer (AdamW); but 1e-2 is the learning rate of few parameters, "
-             "and 1e-3 that of all",
-       control="only the output matrix is trained: three times the parameters of rank 4",
-       expected="rank 4 is within 10 points of full fine-tuning, the output matrix far below",
+       fixed="data, steps and optimizer (AdamW); the learning rate is 1e-3 for full fine-tuning, "
+             "1e-2 otherwise",
+       control="train only the output matrix, with three times the parameters of rank 4",
+       expected="rank 4 is within 10 points of full fine-tuning; the output matrix is far worse",
        minutes=9, columns=dict(EXAM, trained="trained parameters, %"),
        comparisons=[
            Comparison("rank 4", "full", margin=-10),
@@ -262,7 +263,7 @@ def four_bits(lab: Lab, results: Results) -> None:
               "32.2; three layers 49.7 and 31.0; no Q-Former 56.9 and 33.4; tuned 52.1 and 28.0",
        fixed="pictures, descriptions and steps of both stages",
        control="the same training with a random encoder",
-       expected="the others are at most 5 points better, the control is far below",
+       expected="the others are at most 5 points better; the control is far worse",
        minutes=29, columns=dict(answered=ANSWERED, described=DESCRIBED, fails=FAILS),
        comparisons=[
            Comparison("linear", "three layers", margin=-5),
@@ -280,12 +281,13 @@ def projection(lab: Lab, results: Results) -> None:
         results.add(name, **lab.examine_architecture(name.replace(" ", "-"), variants[name]))
 
 
-@claim(says="The second stage needs minutes: a few hundred steps on good descriptions",
-       source="MiniGPT-4, section 3.2 and table 4: 400 steps, 7 minutes; failures fall from 35 to "
-              "2%",
-       fixed="the model after stage 1, and the steps beyond it",
-       control="the same number of additional steps of stage 1",
-       expected="10 points fewer failures after 100 steps, 20 after 400; stage 1 alone keeps more",
+@claim(says="The second stage takes only minutes: a few hundred steps on good descriptions",
+       source="MiniGPT-4, section 3.2 and table 4: 400 steps, 7 minutes; failures fall from 35% "
+              "to 2%",
+       fixed="the model after stage 1, and the number of steps after it",
+       control="the same number of extra steps of stage 1",
+       expected="10 points fewer failures after 100 steps, 20 after 400; more of stage 1 leaves "
+                "more",
        minutes=5, columns=dict(fails=FAILS, described=DESCRIBED, answered=ANSWERED),
        comparisons=[
            Comparison("stage 1", "100 steps of stage 2", margin=10),
@@ -301,12 +303,15 @@ def stage_two(lab: Lab, results: Results) -> None:
         results.add(name, **lab.examine_after_stage(stage, steps))
 
 
-@claim(says="A judge that sees one order is biased; both orders cure it. Judges are bad at math",
+@claim(says="A judge that sees the answers in one order is biased; judging both orders fixes it. "
+            "Judges are bad at math",
        source="Judging LLM-as-a-Judge (2306.05685), sections 3.3 and 3.4; Vicuna's blog post",
-       fixed="questions, answers and scores; the small model judges pairs of its own",
+       fixed="questions, answers and scores; the small model judges a separate set of pairs",
        control="a judge without bias; one that prefers the longer answer, in any order",
-       expected="a lean of 100 points to the first answer becomes 0; the longer answer still wins",
-       minutes=1, columns=dict(agrees="agrees with the truth, %", leans="leans to the first, %"),
+       expected="the lean toward the first answer drops from 100 points to 0; the length bias "
+                "remains; sums are judged worst",
+       minutes=1,
+       columns=dict(agrees="agrees with the truth, %", leans="lean toward the first, %"),
        comparisons=[
            Comparison("prefers the first, one order", "prefers the first, both orders", margin=90,
                       column="leans"),
@@ -332,7 +337,7 @@ def judge(lab: Lab, results: Results) -> None:
 @claim(says="Harder instructions teach more",
        source="WizardLM (2304.12244)",
        fixed="records, steps, and the teacher",
-       control="the same instructions before they evolve (simple)",
+       control="the same instructions before they are evolved (simple)",
        expected="evolved wins on harder questions, and loses at most 5 points on simple ones",
        minutes=5, columns=dict(on_harder="harder questions, %", on_simple="simple questions, %"),
        comparisons=[
@@ -353,10 +358,11 @@ def evolved(lab: Lab, results: Results) -> None:
 
 
 @claim(says="In-context retrieval depends on the optimizer, the initialization and the documents",
-       source="this repository: docs/toy.md, what it depends on",
+       source="this repository: docs/toy.md, \"What it depends on\"",
        fixed="steps and tokens of pre-training",
-       control="one of the three set back to its default: AdamW, normal weights, scenes told once",
-       expected="each helps; 10% is chance, 50% if only the two colors of the scene are known",
+       control="one of the three set back to its default: AdamW, normal initialization, scenes "
+               "told once",
+       expected="each helps; 10% is chance, 50% is a guess between the scene's two colors",
        minutes=10, columns=dict(retrieved="color retrieved, %"),
        comparisons=[
            Comparison("all three", "AdamW"),
@@ -373,14 +379,14 @@ def retrieval(lab: Lab, results: Results) -> None:
         results.add(name, **lab.retrieve(net))
 
 
-@claim(says="Facts fade from what a model says, not from what it finds likely",
+@claim(says="Fine-tuning makes a model stop stating facts that it still finds likely",
        source="this repository",
-       fixed="the base and the conversations, which do not mention these people",
-       control="people whom the conversations do mention",
-       expected="fewer facts are said after more steps, but the true town is ranked first at most "
-                "10 points less often than by the base",
+       fixed="the base and the conversations, which never mention the people asked about",
+       control="people the conversations do mention",
+       expected="more steps, fewer facts stated; but the true town is ranked first at most 10 "
+                "points less often than by the base",
        minutes=7, columns=dict(said="said, %", unasked="true town ranked first, %",
-                               asked="ranked first, people of the conversations, %"),
+                               asked="the same, people in the conversations, %"),
        comparisons=[
            Comparison("after 100 steps", "after 600 steps"),
            Comparison("after 600 steps", "base", margin=-10, column="unasked")])
@@ -399,7 +405,7 @@ def fades(lab: Lab, results: Results) -> None:
 
 # -- the verdict ----------------------------------------------------------------------------------
 
-# Student's t, two-sided, 95%: for the differences of 2, 3, ... 10 seeds
+# Student's t, two-sided, 95%: for 2, 3, ... 10 seeds
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
@@ -407,12 +413,12 @@ class Outcome(NamedTuple):
     """How a comparison came out, in percentage points."""
     comparison: Comparison
     difference: float
-    error: float  # half of the 95% interval of the difference
+    error: float  # half-width of the 95% interval of the difference
     verdict: str
 
 
 def compare(comparison: Comparison, column: str, by_seed: list[dict]) -> Outcome:
-    """The difference a - b in `column`, the mean over seeds. by_seed: {variant: metrics} of each.
+    """Compares a - b in `column`, averaged over seeds. by_seed has one {variant: metrics} per seed.
     """
     pairs = [(variants[comparison.a], variants[comparison.b]) for variants in by_seed]
     differences = [100 * (a[column] - b[column]) for a, b in pairs]
@@ -422,23 +428,25 @@ def compare(comparison: Comparison, column: str, by_seed: list[dict]) -> Outcome
     else:
         a, b = pairs[0]
         error = question_error(a, b, column)
-    verdict = "too close to tell"
-    if mean - comparison.margin > error:
+    excess = mean - comparison.margin
+    if excess > error:
         verdict = "holds"
-    elif mean - comparison.margin < -error:
+    elif excess < -error:
         verdict = "does not hold"
+    else:
+        verdict = "too close to tell"
     return Outcome(comparison, mean, error, verdict)
 
 
 def seed_error(differences: list[float]) -> float:
-    """From the spread between seeds."""
+    """The error from the spread across seeds."""
     n = len(differences)
     return T_95[n - 2] * statistics.stdev(differences) / math.sqrt(n)
 
 
 def question_error(a: dict, b: dict, column: str) -> float:
-    """From the number of questions. It takes the two variants as independent. They answer the same
-    questions, so this is rather too large."""
+    """The error from the number of questions. Treats the variants as independent; they answer the
+    same questions, so this is usually too large."""
     halves = []
     for metrics in (a, b):
         n = metrics["questions"]
@@ -449,7 +457,7 @@ def question_error(a: dict, b: dict, column: str) -> float:
 
 
 def overall(outcomes: list[Outcome]) -> str:
-    """A claim holds if all of its comparisons do, and does not if one of them does not."""
+    """A claim holds if every comparison holds, and does not hold if any comparison does not."""
     verdicts = {outcome.verdict for outcome in outcomes}
     for verdict in ("does not hold", "too close to tell"):
         if verdict in verdicts:
@@ -495,12 +503,13 @@ def report(name: str, by_seed: list[dict], out: Path, fast: bool = False) -> dic
               f"± {outcome.error:.1f} ({about.columns[column]}), expected above "
               f"{comparison.margin:+.0f}")
     if len(by_seed) == 1:
-        print("One seed: the error does not cover the variation between training runs.")
+        print("With one seed, the error does not include the variation between training runs.")
     verdict = overall(outcomes)
     seconds = sum(metrics["seconds"] for variants in by_seed for metrics in variants.values())
-    print(f"\n{about.says}: {verdict}. Seeds: {len(by_seed)}; {seconds / 60:.0f} minutes in all")
+    print(f"\nclaim: {about.says}\nverdict: {verdict} (seeds: {len(by_seed)}; "
+          f"{seconds / 60:.0f} min in all)")
     if fast:
-        print("--fast has a tenth of the steps: this shows the trend only.")
+        print("--fast runs a tenth of the steps, so this shows only the trend.")
     draw(about, by_seed, out / f"{name}.png")
     return dict(verdict=verdict, by_seed=by_seed)
 
@@ -510,7 +519,7 @@ def draw(about: Claim, by_seed: list[dict], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no chart: pip install matplotlib")
+        print("no chart: matplotlib is not installed (pip install matplotlib)")
         return
     column, title = next(iter(about.columns.items()))
     names = list(by_seed[0])[::-1]  # the first one on top
@@ -529,10 +538,10 @@ def draw(about: Claim, by_seed: list[dict], path: Path) -> None:
 
 @dataclass
 class ClaimsConfig:
-    name: str = field(default="", metadata=dict(positional=True))  # the claim; without it, a list
-    seeds: int = 1  # how many: 0, 1, ...; with several, the error comes from their spread
-    fast: bool = False  # a tenth of the steps, fewer questions: shows the trend only
-    run: str = "out"  # folder of train_sft.py and train_vlm.py, whose models are taken (or trained)
+    name: str = field(default="", metadata=dict(positional=True))  # claim to test; omit to list all
+    seeds: int = 1  # number of seeds (0, 1, ...); with several, the error is from their spread
+    fast: bool = False  # a tenth of the steps, fewer questions; shows only the trend
+    run: str = "out"  # output of train_sft.py and train_vlm.py; what it lacks is trained in --out
     out: str = ""  # results and new models; default: out/claims, or out/claims/fast with --fast
 
     def __post_init__(self):
@@ -553,10 +562,10 @@ class ClaimsConfig:
 def print_list() -> None:
     for name, about in CLAIMS.items():
         print(f"{name:<11} {about.says}")
-        for line in textwrap.wrap(f"{about.source}; {about.minutes} minutes", 84):
+        for line in textwrap.wrap(f"{about.source}; about {about.minutes} min", 84):
             print(f"{'':<11}   {line}")
-    print("\nMinutes are for one seed on one thread, with the models of train_sft.py and "
-          "train_vlm.py in out/.")
+    print("\nTimes are for one seed on one thread, after train_sft.py and train_vlm.py have "
+          "filled out/.")
 
 
 def main(cfg: ClaimsConfig) -> dict:
@@ -567,7 +576,8 @@ def main(cfg: ClaimsConfig) -> dict:
     print(f"{about.says}\n  source: {about.source}\n  fixed: {about.fixed}\n"
           f"  control: {about.control}\n  expected: {about.expected}")
     machine = choose_machine("auto", "float32")
-    made_with, by_seed = dict(run=cfg.run, fast=cfg.fast), []
+    made_with = dict(run=cfg.run, fast=cfg.fast)
+    by_seed = []
     with lock(out, machine):
         for seed in range(cfg.seeds):
             results = Results(out / f"{cfg.name}.json", seed, made_with)

@@ -1,7 +1,8 @@
 """Ablations for toy/claims.py: train a model of the toy chain with one thing changed, and evaluate
 it.
 
-What can be changed is an argument here: the size, initialization and documents of a base model; the
+The toy chain is base, then alpaca and vicuna (both fine-tuned from base), then MiniGPT-4. Each
+thing that can change is an argument: the size, initialization and documents of a base model; the
 data, loss, sequence length and trainable weights of a fine-tuned one; the architecture of a
 MiniGPT-4. The optimizer, learning rate and LoRA rank are passed on to train_sft.py.
 """
@@ -27,7 +28,8 @@ from tools.machine import Machine, train_flops
 from toy import exam, world
 
 TOY = train_sft.TOY  # steps and data sizes of the toy chain
-STEP_TOKENS = 2048  # per step, whatever the sequence length
+STEP_TOKENS = 2048  # per step, at any sequence length
+BASE_SEQ_LEN = 256  # of all base models, so that their FLOPs compare
 # Shapes of the language model by their number of parameters. The first is the toy chain's.
 LLAMAS = {"1.1M": model.PRESETS["toy"],
           "0.3M": dict(model.PRESETS["toy"], dim=64, hidden_dim=192),
@@ -48,12 +50,13 @@ class Lab:
     others are trained in `out`: finished ones are loaded, and interrupted ones resume."""
 
     def __init__(self, out: Path, run: Path, seed: int, fast: bool, machine: Machine):
-        self.out, self.run, self.seed = out / f"seed{seed}", chain_folder(run, seed), seed
-        self.fast, self.machine = fast, machine
+        self.out = out / f"seed{seed}"
+        self.run = chain_folder(run, seed)
+        self.seed, self.fast, self.machine = seed, fast, machine
         self.sizes = train_sft.FAST if fast else TOY
 
     def scaled(self, n: int) -> int:
-        """A number of steps or records: n, or with --fast about a tenth of it."""
+        """n steps or records, or with --fast as much less as Vicuna's steps are: a tenth."""
         return max(1, n * self.sizes["vicuna"] // TOY["vicuna"])
 
     # -- the toy chain ----------------------------------------------------------------------------
@@ -75,13 +78,13 @@ class Lab:
             self.pretrain("base", steps)
         elif name == "alpaca":
             self.fine_tune("alpaca", self.files["alpaca"], steps, template="alpaca", seq_len=256)
-        else:  # from the base, too
+        else:  # vicuna also starts from base, not alpaca
             self.fine_tune("vicuna", self.files["vicuna"], steps)
         return str(self.out / name)
 
     def base(self, size: str, steps: int = TOY["base"]) -> str:
-        """The folder of a base of this size, pre-trained for `steps` steps. The run's own is taken
-        only without --fast: bases are compared, so all of them must have a tenth of the steps."""
+        """The folder of a base of this size, pre-trained for `steps` steps. With --fast the run's
+        own base is not reused: bases are compared, so all must train for a tenth of the steps."""
         if size == "1.1M" and steps == TOY["base"] and not self.fast:
             return self.chain("base")
         self.pretrain(f"base-{size}-{steps}", steps, size)
@@ -122,8 +125,8 @@ class Lab:
         return self.write(name, records)
 
     def noisy_conversations(self, clean: int, noisy: int) -> Path:
-        """A file of conversations. In the last `noisy` of them, half of the replies are corrupted.
-        """
+        """A file of conversations. In the last `noisy` of them, half of the replies are corrupted
+        (those in which there is something to corrupt)."""
         rng, noise = random.Random(self.seed), random.Random(self.seed + 1)
         records = [world.conversation(rng) for _ in range(clean + noisy)]
         for record in records[clean:]:
@@ -142,20 +145,22 @@ class Lab:
 
     def config(self, steps: int, seq_len: int, optimizer: str = "muon",
                **settings) -> train_sft.SFTConfig:
-        """The chain's settings, overridden by `settings`."""
+        """The chain's settings, plus `settings`."""
         return train_sft.SFTConfig(
             out=str(self.out), seed=self.seed, steps=self.scaled(steps), seq_len=seq_len,
             batch_size=STEP_TOKENS // seq_len, optimizer=optimizer, **settings)
 
+    def shape(self, size: str) -> model.LLaMAConfig:
+        return model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
+
     def pretrain(self, name: str, steps: int, size: str = "1.1M", retrieval_init: bool = True,
                  times_told: int = 3, **settings) -> model.LLaMA:
         """A base model, trained in the folder `name`."""
-        cfg = self.config(steps, 256, **settings)
+        cfg = self.config(steps, BASE_SEQ_LEN, **settings)
         texts, _ = self.documents(times_told)
         rows = train_sft.pack_documents(texts, self.tokenizer, cfg)
-        shape = model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
         torch.manual_seed(self.seed)
-        net = model.LLaMA(shape, retrieval_init)
+        net = model.LLaMA(self.shape(size), retrieval_init)
         return train_sft.run_stage(
             cfg, name, self.machine, rows, self.tokenizer, "plain", teacher.digest(texts),
             network=net, window=cfg.seq_len,
@@ -164,9 +169,9 @@ class Lab:
     def fine_tune(self, name: str, file: Path, steps: int, base: str = "", from_scratch: str = "",
                   template: str = "vicuna_v1.1", seq_len: int = 512, loss_on: str = "replies",
                   head_only: bool = False, **settings) -> model.LLaMA:
-        """Fine-tunes the chain's base, or the one in the folder `base`, or random weights of the
-        size `from_scratch`. `loss_on` is "replies" or "everything". With `head_only`, only the
-        output matrix is trained."""
+        """Fine-tunes the chain's base, or the one in the folder `base`, or a randomly initialized
+        model of size `from_scratch`. `loss_on` is "replies" or "everything". With `head_only`, only
+        the output matrix is trained."""
         assert loss_on in ("replies", "everything")
         assert not (from_scratch and (base or head_only))
         cfg = self.config(steps, seq_len, **settings)
@@ -176,12 +181,12 @@ class Lab:
         depends_on = dict(loss_on=loss_on, head_only=head_only)
         if from_scratch:
             start = dict(shape=LLAMAS[from_scratch])
-        elif head_only:
+        else:
             base = base or self.chain("base")
+            start = dict(parent=base)
+        if head_only:
             start = dict(network=load_trainable(base, head_only=True), window=cfg.seq_len)
             depends_on["base_crc"] = checkpoint.fingerprint(base)
-        else:
-            start = dict(parent=base or self.chain("base"))
         return train_sft.run_stage(
             cfg, name, self.machine, rows, self.tokenizer, template, checkpoint.digest(file),
             extra_settings=depends_on, **start)
@@ -205,8 +210,8 @@ class Lab:
 
     def step_flops(self, size: str) -> float:
         """FLOPs of a step of pre-training."""
-        shape = model.LLaMAConfig(**LLAMAS[size], vocab_size=self.tokenizer.vocab_size)
-        return train_flops(shape, tokens=STEP_TOKENS, supervised=STEP_TOKENS, seq_len=256)
+        return train_flops(self.shape(size), tokens=STEP_TOKENS, supervised=STEP_TOKENS,
+                           seq_len=BASE_SEQ_LEN)
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -228,13 +233,14 @@ class Lab:
     def held_out_loss(self, net) -> float:
         """Loss on documents that no base model was trained on, in nats per token."""
         _, texts = self.documents()
-        rows = train_sft.pack_documents(texts, self.tokenizer, self.config(1, 256))
+        rows = train_sft.pack_documents(texts, self.tokenizer,
+                                        self.config(1, BASE_SEQ_LEN))
         total, count = train_sft.validate(net, rows, self.machine)
         return total / count
 
     def retrieve(self, net) -> dict:
-        """Accuracy of in-context retrieval: after a document that tells a new scene once, and then
-        "The ring is", the true color must be the likeliest of all. (Each color is one token.)"""
+        """Accuracy of in-context retrieval: given a document that describes a new scene once, then
+        "The ring is", the true color must be the most likely. (Each color is one token.)"""
         n, rng = 2 * self.sizes["questions"], random.Random("retrieved")
         right = 0
         for _ in range(n):
@@ -242,53 +248,54 @@ class Lab:
             o = rng.choice(scene)
             text = f"{world.tell_in_sentences(scene, rng)} The {o.shape} is"
             context = [self.tokenizer.bos, *self.tokenizer.encode(text)]
-            rows = [(context, self.tokenizer.encode(color)) for color in world.COLORS]
-            best = int(evaluate.log_likelihoods(net, rows).argmax())
+            candidates = [(context, self.tokenizer.encode(color)) for color in world.COLORS]
+            best = int(evaluate.log_likelihoods(net, candidates).argmax())
             right += int(world.COLORS[best] == o.color)
         return dict(retrieved=right / n, questions=n)
 
     def rank_facts(self, net) -> dict:
-        """Accuracy of ranking the towns after "NAME lives in" by likelihood: for people whom
-        fine-tuning asks about, and for those whom it does not ("unasked")."""
+        """Accuracy of ranking the towns after "NAME lives in" by likelihood: for people the
+        fine-tuning data asks about ("asked"), and for others ("unasked")."""
         right = dict(asked=[], unasked=[])
         file = self.out / "data" / "facts.jsonl"
         world.write_facts(file)
         for item in evaluate.read_items(file)[0]:
-            rows = evaluate.make_rows(item, "", self.tokenizer)
-            best = int(evaluate.scores(net, item, rows).argmax())
+            candidates = evaluate.make_rows(item, "", self.tokenizer)
+            best = int(evaluate.scores(net, item, candidates).argmax())
             right[item.group].append(best == item.right)
         return dict(unasked=statistics.mean(right["unasked"]),
                     asked=statistics.mean(right["asked"]), questions=len(right["unasked"]))
 
     def judge_by_oracle(self, oracle: str, both_orders: bool) -> dict:
-        """One of judge.py's oracles judges the chain, a noisy player and a true one. "agrees": the
-        share of its verdicts that are true. "leans": of the pairs of equally right answers, the
-        share that the first answer wins, minus the share that it loses."""
+        """One of judge.py's oracles judges Vicuna, Alpaca, a noisy player and an always-right one.
+        "agrees": the share of its verdicts that are true. "leans": among equally good pairs, how
+        often the first answer wins minus how often it loses."""
         players = [self.chain("vicuna"), self.chain("alpaca"), "noisy", "oracle"]
         report = judge.main(judge.JudgeConfig(
             players=",".join(players), judge=oracle, swap=both_orders, seed=self.seed,
             out=str(self.out / "judge")))
-        rows = [row for pair in report["pairs"] for row in pair["rows"]]
-        agrees = [row["verdict"] == row["truth"] for row in rows]
-        equal = [row["verdict"] for row in rows if row["truth"] == 0]
+        judged = [row for pair in report["pairs"] for row in pair["rows"]]
+        agrees = [row["verdict"] == row["truth"] for row in judged]
+        equal = [row["verdict"] for row in judged if row["truth"] == 0]
         first_wins, first_loses = equal.count(-1), equal.count(1)
-        return dict(agrees=sum(agrees) / len(rows), leans=(first_wins - first_loses) / len(equal),
-                    questions=len(rows))
+        return dict(agrees=sum(agrees) / len(judged),
+                    leans=(first_wins - first_loses) / len(equal), questions=len(equal))
 
     def judge_by_likelihood(self, net, split: str, kinds: Sequence[str]) -> dict:
-        """A small model as judge of a true and a corrupted answer. It cannot write a review; it
-        prefers the answer that it finds likelier per token. Yes and no cannot be corrupted."""
+        """Uses a small model to choose between a true and a corrupted answer. It cannot write a
+        review, so it picks the one with the higher likelihood per token. Yes/no questions are
+        skipped: `corrupt` cannot change their answers."""
         n, rng = self.sizes["questions"], random.Random(0)
-        items = [item for item in world.test_set(split, 8 * n)  # about one in eight is wanted
+        items = [item for item in world.test_set(split, 8 * n)  # about one in eight qualifies
                  if item.question.kind in kinds and "yesno" not in item.question.truth][:n]
         right = 0
         for item in items:
             turns = [data.Turn(role, text) for role, text in item.turns]
             prompt = data.render(data.Conversation(turns), "vicuna_v1.1", self.tokenizer).tokens
             answers = [item.question.full, corrupt(item.question.full, rng)]
-            rows = [(prompt, self.tokenizer.encode(answer)) for answer in answers]
-            lengths = torch.tensor([len(answer) for _, answer in rows])
-            true, wrong = evaluate.log_likelihoods(net, rows) / lengths
+            candidates = [(prompt, self.tokenizer.encode(answer)) for answer in answers]
+            lengths = torch.tensor([len(answer) for _, answer in candidates])
+            true, wrong = evaluate.log_likelihoods(net, candidates) / lengths
             right += int(true > wrong)
         return dict(agrees=right / len(items), questions=len(items))
 
@@ -297,17 +304,18 @@ class Lab:
     @functools.cached_property
     def vision_folder(self) -> Path:
         """The folder with the encoder, the projection after stage 1, and the curated descriptions:
-        that of train_vlm.py if there is one. Otherwise all are made here."""
-        if self.in_run("vicuna", "vision", "align") and (self.run / "curated").exists():
+        train_vlm.py's if it has all of them; otherwise they are made in `out`."""
+        curated = Path("curated") / "filter_cap.json"
+        if self.in_run("vicuna", "vision", "align") and (self.run / curated).exists():
             return self.run
-        if not (self.out / "curated" / "filter_cap.json").exists():
+        if not (self.out / curated).exists():  # up to curation: also trains encoder and stage 1
             train_vlm.main(train_vlm.VLMConfig(
                 stage="curate", init=self.chain("vicuna"), out=str(self.out), seed=self.seed,
                 fast=self.fast))
         return self.out
 
     def open_vlm(self, stage: str = "all", steps: int = 0) -> train_vlm.VLMRun:
-        """What the stages share. `steps` replaces those of the stage's recipe."""
+        """Opens a MiniGPT-4 run. `steps` overrides the stage's recipe; 0 keeps it."""
         return train_vlm.open_run(train_vlm.VLMConfig(
             stage=stage, steps=steps, init=self.chain("vicuna"), out=str(self.out),
             seed=self.seed, fast=self.fast), self.machine)
@@ -326,19 +334,19 @@ class Lab:
         """Trains both stages with another architecture, and evaluates it."""
         vlm = self.open_vlm()
         net, parts = self.build(vlm, architecture)
-        trained = self.vision_folder == self.run and self.in_run("minigpt4") and not self.fast
-        if architecture is vision.MiniGPT4 and trained:
+        in_run = self.vision_folder == self.run and self.in_run("minigpt4")
+        if architecture is vision.MiniGPT4 and in_run and not self.fast:
             checkpoint.load(self.run / "minigpt4", network=net)
-            return self.examine_vlm(vlm, net.eval())
-        alt = train_vlm.load_album(self.vision_folder / "data" / "alt")
-        curated = train_vlm.load_album(self.vision_folder / "curated")
-        train_vlm.train_projection(vlm, "1", net, parts, alt, f"{name}-1")
-        train_vlm.train_projection(vlm, "2", net, parts, curated, f"{name}-2",
-                                   parent=str(self.out / f"{name}-1"))
+        else:
+            alt = train_vlm.load_album(self.vision_folder / "data" / "alt")
+            curated = train_vlm.load_album(self.vision_folder / "curated")
+            train_vlm.train_projection(vlm, "1", net, parts, alt, f"{name}-1")
+            train_vlm.train_projection(vlm, "2", net, parts, curated, f"{name}-2",
+                                       parent=str(self.out / f"{name}-1"))
         return self.examine_vlm(vlm, net.eval())
 
     def examine_after_stage(self, stage: str, steps: int) -> dict:
-        """Evaluates the model after stage 1 and `steps` steps more, of stage 1 or 2."""
+        """Evaluates the model after stage 1 plus `steps` more steps of stage 1 or 2."""
         vlm = self.open_vlm(stage, self.scaled(steps))
         net, parts = self.build(vlm, vision.MiniGPT4)
         aligned = self.vision_folder / "align"
@@ -358,7 +366,7 @@ class Lab:
 
         n = 2 * self.sizes["questions"]
         table, said = exam.see_and_tell({"model": play}, n, ["scenes"])
-        described, answered = (cells["model"] for cells in table.values())
+        described, answered = (cells["model"] for cells in table.values())  # the only two rows
         descriptions, ended = said["scenes", "model"]
         scenes = exam.picture_exam("scenes", n).scenes
         fails = [bool(exam.failure(scene, text, done))
@@ -377,14 +385,15 @@ def pick_different(rng: random.Random) -> world.Scene:
 
 
 def supervise_everything(rows: data.Rows) -> None:
-    """Labels all tokens but the padding, in place, as in pre-training. (Nothing predicts the first
-    token of a conversation: see model.shift_labels.)"""
+    """Puts the loss on every token except padding, in place, as in pre-training. (Nothing predicts
+    the first token of a conversation: see model.shift_labels.)"""
     is_text = rows.segments >= 0
     rows.labels[is_text] = rows.tokens[is_text]
 
 
 def load_trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> model.LLaMA:
-    """A checkpoint in which the adapters, the output matrix, or all weights require gradients."""
+    """Loads a checkpoint with only the adapters, only the output matrix, or everything trainable.
+    """
     assert not (lora_rank and head_only)
     net, _, _ = checkpoint.load(folder)
     if lora_rank:
@@ -396,14 +405,14 @@ def load_trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> 
 
 
 def trained_fraction(net: model.LLaMA) -> float:
-    """Parameters that are trained, relative to those of the model without adapters."""
+    """Trained parameters as a fraction of the model's, not counting adapters."""
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return trained / model.count_parameters(net.config)
 
 
 def corrupt(text: str, rng: random.Random) -> str:
-    """Replaces the last size, color, shape, place, or number in digits by another one. A text that
-    has none stays the same. Never introduces a held-out pair of color and shape."""
+    """Replaces the last size, color, shape, place, or number in digits with a different one. Text
+    with none of these is unchanged. Never introduces a held-out pair of color and shape."""
     kinds = (world.SIZES, world.COLORS, world.SHAPES, world.PLACES)
     words = "|".join(word for kind in kinds for word in kind)
     found = list(re.finditer(rf"\b(?:{words})\b|\d+", text))
@@ -433,10 +442,10 @@ class ThreeLayers(vision.MiniGPT4):
 
     def __init__(self, llama, vit, qformer):
         super().__init__(llama, vit, qformer)
-        self.llama_proj = Projection(qformer.config.dim, llama.config.dim)
+        self.llama_proj = ThreeLayerProjection(qformer.config.dim, llama.config.dim)
 
 
-class Projection(torch.nn.Sequential):
+class ThreeLayerProjection(torch.nn.Sequential):
     """Three linear layers with GELU between them, and the attributes that MiniGPT4 reads from its
     single one."""
 
@@ -464,7 +473,7 @@ class WithoutQFormer(vision.MiniGPT4):
 
 
 class TunedQFormer(vision.MiniGPT4):
-    """The Q-Former is trained, too. Only the ViT is frozen, so `features`, which are cached, are
+    """The Q-Former is trained as well. Only the ViT is frozen, so `features`, which are cached, are
     its output: (N, 1 + P, C)."""
 
     def __init__(self, llama, vit, qformer):
@@ -475,9 +484,8 @@ class TunedQFormer(vision.MiniGPT4):
         return self.vit(pixels)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dim() == 4:  # pixels
-            images = self.features(images)
-        return super().encode(self.qformer(images))
+        features = self.features(images) if images.dim() == 4 else images  # pixels have 4 dims
+        return super().encode(self.qformer(features))
 
 
 class RandomEncoder(vision.MiniGPT4):
