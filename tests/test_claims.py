@@ -52,6 +52,8 @@ def test_the_list_and_the_docs_have_every_claim(capsys):
     for name, about in claims.CLAIMS.items():
         assert about.says in printed and about.source.split(",")[0] in printed
         assert f"## {name}\n" in text and f"python -m toy.claims {name}" in text
+        expected = about.expected[0].upper() + about.expected[1:]
+        assert f"**Expected.** {expected}." in " ".join(text.split())
 
 
 @pytest.mark.parametrize("options, message", [

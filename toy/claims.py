@@ -286,8 +286,8 @@ def projection(lab: Lab, results: Results) -> None:
               "to 2%",
        fixed="the model after stage 1, and the number of steps after it",
        control="the same number of extra steps of stage 1",
-       expected="10 points fewer failures after 100 steps, 20 after 400; more of stage 1 leaves "
-                "more",
+       expected="10 points fewer failures after 100 steps, 20 after 400; extra steps of stage 1 "
+                "leave more of them",
        minutes=5, columns=dict(fails=FAILS, described=DESCRIBED, answered=ANSWERED),
        comparisons=[
            Comparison("stage 1", "100 steps of stage 2", margin=10),
@@ -381,7 +381,7 @@ def retrieval(lab: Lab, results: Results) -> None:
 
 @claim(says="Fine-tuning makes a model stop stating facts that it still finds likely",
        source="this repository",
-       fixed="the base and the conversations, which never mention the people asked about",
+       fixed="the base and the conversations",
        control="people the conversations do mention",
        expected="more steps, fewer facts stated; but the true town is ranked first at most 10 "
                 "points less often than by the base",

@@ -405,11 +405,25 @@ def pope_questions(scene: world.Scene, rng: random.Random) -> list[world.Questio
     return list(by_answer.values())
 
 
+def yes_no_exam(e: PictureExam) -> PictureExam:
+    """The yes/no questions about these pictures; a picture appears once for each of its own."""
+    rng, asked = random.Random(3), PictureExam([], [], [])
+    for scene, picture in zip(e.scenes, e.pictures):
+        for question in pope_questions(scene, rng):
+            asked.scenes.append(scene)
+            asked.pictures.append(picture)
+            asked.questions.append(question)
+    return asked
+
+
+YES_NO = "yes/no right (chance 50)"
+
+
 def pope(questions: Sequence[world.Question], replies: Sequence[str]) -> dict:
     """Accuracy, and the share of yes. A reply with neither or both of yes and no is wrong."""
     said = [world.found("yesno", reply) for reply in replies]
     right = [s == q.truth["yesno"] for s, q in zip(said, questions)]
-    return {"yes/no right (chance 50)": sum(right) / len(right),
+    return {YES_NO: sum(right) / len(right),
             "answered yes (50 expected)": said.count({"yes"}) / len(said)}
 
 
@@ -441,11 +455,7 @@ def see_and_tell(players: dict[str, Callable], n: int, splits: Sequence[str]) ->
 
 def failure_table(players: dict[str, Callable], e: PictureExam, descriptions: dict) -> dict:
     """How the descriptions of each player fail, and what it sees that is not there."""
-    rng, table, yes_no = random.Random(3), {}, PictureExam([], [], [])
-    for scene, picture in zip(e.scenes, e.pictures):
-        asked = pope_questions(scene, rng)
-        yes_no.questions.extend(asked)
-        yes_no.pictures.extend([picture] * len(asked))
+    table, yes_no = {}, yes_no_exam(e)
     texts = [q.text for q in yes_no.questions]
     for name, play in players.items():
         said, ended = descriptions[name]

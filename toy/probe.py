@@ -1,6 +1,7 @@
-"""Where does MiniGPT-4 lose what is in the picture? A ladder from the encoder to plain words. Each
-row replaces more of MiniGPT-4 by something better, so the difference between neighbors suggests
-what a part loses. Then: how far back the language model can still recall a scene.
+"""Where does MiniGPT-4 lose what is in the picture? A ladder from the encoder to plain words. From
+the third row on, each row replaces more of MiniGPT-4 with something better, so the drop between
+neighboring rows suggests what that part loses. Then: how far back the language model can still
+recall a scene.
 
     python -m toy.exam --probe                 # after train_sft.py and train_vlm.py
     python -m toy.exam --probe --out=out/seed1
@@ -32,44 +33,74 @@ def probe(out: Path, n: int) -> dict:
     net, _, meta = vision.load(out / "minigpt4", device=machine.device)
     cfg = train_vlm.VLMConfig(init=meta["settings"]["llama"], out=str(out))
     vlm = train_vlm.open_run(cfg, machine)
-    final = train_vlm.copy_projection(net)
-    checkpoint.load(out / "align", network=net)
-    aligned = train_vlm.copy_projection(net)
-    ridge, residual = ridge_projection(net, vlm)
+    projections, residual = load_projections(net, vlm, out)
     head = encoder_head(net, meta)
     ladder = {}
     for split in SPLITS:
         e = exam.picture_exam(split, n)
         features = train_vlm.encode_images(net, e.pictures, machine)
         rows = {"encoder: all ten symbols right": symbols_right(head(features), e.scenes)}
-        for name, weights in (("projection after stage 1", aligned),
-                              ("projection after stage 2", final),
-                              ("least-squares projection", ridge)):
-            net.llama_proj.load_state_dict(weights)
-            replies = describe(net, vlm, exam.instructions(n), list(features.split(1)))
-            rows[name] = exact_share(e.scenes, replies)
-        replies = describe(vlm.llama, vlm, exam.instructions(n), embed_symbols(vlm, e.scenes))
-        rows["exact embeddings in the slots"] = exact_share(e.scenes, replies)
+        replies = ask_about_pictures(net, vlm, projections, e, exam.instructions(n))
+        rows |= {row: exact_share(e.scenes, said) for row, said in replies.items()}
         rows |= in_words(vlm, e.scenes)
         for row, share in rows.items():
             ladder.setdefault(row, {})[split] = share
     exam.print_table("right, %", ladder)
-    print(f"{n} pictures per column; below the first row, exact descriptions count.\n"
+    print(f"{n} pictures per column. Exact descriptions count; in the first row, pictures with all "
+          "ten symbols right;\nin the row of true alt-text, lists and remarks that are true.\n"
           f"The least-squares projection onto the word embeddings leaves {100 * residual:.1f}% of "
           "their variance unexplained.")
+    yes_no = yes_no_rows(net, vlm, projections, n)
+    exam.print_table("right, %", yes_no)
     for tokens in PROMPT_LENGTHS:
         share = share_recalled(vlm, tokens, n)
         ladder[f"scene told first, {tokens}-token prompt"] = dict(scenes=share)
         print(f"scene told in the first turn, question at the end of a {tokens}-token prompt: "
               f"{100 * share:.0f}% right")
     with data.atomic_write(out / "probe.json") as file:
-        json.dump(dict(ladder, residual=residual), file, indent=1)
+        json.dump(dict(ladder, residual=residual, yes_no=yes_no), file, indent=1)
     return ladder
 
 
-def describe(net, vlm: train_vlm.VLMRun, texts: Sequence[str],
-             images: Sequence | None = None) -> list[str]:
-    """The replies to these questions, each with an image in front if images are given."""
+def load_projections(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, out: Path) -> tuple[dict, float]:
+    """The projections to compare, by row, and what the least-squares one leaves unexplained. Leaves
+    the one after stage 1 in `net`."""
+    final = train_vlm.copy_projection(net)
+    checkpoint.load(out / "align", network=net)
+    aligned = train_vlm.copy_projection(net)
+    ridge, residual = ridge_projection(net, vlm)
+    projections = {"projection after stage 1": aligned, "projection after stage 2": final,
+                   "least-squares projection": ridge}
+    return projections, residual
+
+
+def ask_about_pictures(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, projections: dict,
+                       e: exam.PictureExam, texts: Sequence[str]) -> dict:
+    """The replies to one text per picture, {row: replies}: with each projection, which is loaded
+    into `net`, and with the exact word embeddings in the slots."""
+    features = train_vlm.encode_images(net, e.pictures, vlm.machine)
+    replies = {}
+    for row, weights in projections.items():
+        net.llama_proj.load_state_dict(weights)
+        replies[row] = ask(net, vlm, texts, list(features.split(1)))
+    embeddings = embed_symbols(vlm, e.scenes)
+    replies["exact embeddings in the slots"] = ask(vlm.llama, vlm, texts, embeddings)
+    return replies
+
+
+def yes_no_rows(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, projections: dict, n: int) -> dict:
+    """The share of right answers to questions like "Is there a red ring?", about two for each of n
+    pictures."""
+    e = exam.yes_no_exam(exam.picture_exam("scenes", n))
+    replies = ask_about_pictures(net, vlm, projections, e, [q.text for q in e.questions])
+    return {row: {"yes/no": exam.pope(e.questions, said)[exam.YES_NO]}
+            for row, said in replies.items()}
+
+
+def ask(net, vlm: train_vlm.VLMRun, texts: Sequence[str],
+        images: Sequence | None = None) -> list[str]:
+    """The replies to these questions; "" for one that does not end. With images, one is put in
+    front of each: the Q-Former's output for a MiniGPT4, embeddings for a LLaMA."""
     slots = 0 if images is None else world.N_SYMBOLS
     conversations = [data.Conversation([data.Turn("user", text, slots=slots)]) for text in texts]
     if images is not None:
@@ -90,11 +121,11 @@ def in_words(vlm: train_vlm.VLMRun, scenes: Sequence) -> dict:
     rng = random.Random(3)
     symbols = [world.tell_symbols(scene, rng) for scene in scenes]
     sentences = [world.tell_in_sentences(scene, rng) for scene in scenes]
-    alt_texts = describe(vlm.llama, vlm, symbols)
+    alt_texts = ask(vlm.llama, vlm, symbols)
     rows = {"bare words, true alt-text": sum(map(is_true, scenes, alt_texts)) / len(scenes)}
     for name, told in (("bare words", symbols), ("sentences", sentences)):
         asked = [f"{text} {wish}" for text, wish in zip(told, exam.instructions(len(told)))]
-        rows[name] = exact_share(scenes, describe(vlm.llama, vlm, asked))
+        rows[name] = exact_share(scenes, ask(vlm.llama, vlm, asked))
     return rows
 
 
