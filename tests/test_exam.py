@@ -132,13 +132,14 @@ def test_chair_counts_objects_that_are_not_there():
 
 def test_pope_is_balanced_and_counts_right():
     """Who always says yes is right half the time; who says neither or both is wrong."""
-    rng, questions = random.Random(0), []
-    for _ in range(20):
-        scene = world.pick_scene(rng)
+    rng = random.Random(0)
+    scenes = [world.pick_scene(rng) for _ in range(20)]
+    scenes_seen, numbers, questions = exam.yes_no_exam(exam.PictureExam(scenes, range(20), []))
+    assert len(questions) == 40
+    for scene, number, q in zip(scenes_seen, numbers, questions):
         there = exam.mentions(world.caption(scene))
-        for q in exam.pope_questions(scene, rng):
-            assert q.truth["yesno"] == {"yes" if exam.mentions(q.text) <= there else "no"}
-            questions.append(q)
+        assert q.truth["yesno"] == {"yes" if exam.mentions(q.text) <= there else "no"}
+        assert scenes[number] is scene, "asked about its own picture"
 
     def shares(replies):
         return list(exam.pope(questions, replies).values())
