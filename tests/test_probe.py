@@ -70,14 +70,13 @@ def test_exact_embeddings_are_read_as_the_words_themselves(run, scenes):
 def test_each_row_is_asked_with_its_own_projection(run, scenes, monkeypatch):
     net = SimpleNamespace(llama_proj=torch.nn.Linear(4, 32, bias=False))
     features = torch.randn(4, 10, 4)
-    monkeypatch.setattr(train_vlm, "encode_images", lambda net, drawn, machine: features)
     monkeypatch.setattr(probe, "ask", lambda player, vlm, texts, images: (
         torch.stack([image[0] if player is net else image for image in images]),
         player is net and player.llama_proj.weight[0, 0].item()))
     projections = {name: dict(weight=torch.full((32, 4), value))
                    for name, value in (("stage 1", 1.0), ("stage 2", 2.0))}
-    e = exam.PictureExam(scenes, [None] * 4, [None] * 4)
-    replies = probe.ask_about_pictures(net, run, projections, e, ["What?"] * 4)
+    texts = ["What?"] * 4
+    replies = probe.ask_about_pictures(net, run, projections, features, scenes, texts)
     assert replies["stage 1"][1] == 1 and replies["stage 2"][1] == 2
     assert torch.equal(replies["stage 1"][0], features)
     exact = torch.stack(probe.embed_symbols(run, scenes))

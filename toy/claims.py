@@ -358,7 +358,7 @@ def evolved(lab: Lab, results: Results) -> None:
 
 
 @claim(says="In-context retrieval depends on the optimizer, the initialization and the documents",
-       source="this repository: docs/toy.md, \"What it depends on\"",
+       source='this repository: docs/toy.md, "What it depends on"',
        fixed="steps and tokens of pre-training",
        control="one of the three set back to its default: AdamW, normal initialization, scenes "
                "told once",

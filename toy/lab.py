@@ -56,7 +56,7 @@ class Lab:
         self.sizes = train_sft.FAST if fast else TOY
 
     def scaled(self, n: int) -> int:
-        """n steps or records, or with --fast as much less as Vicuna's steps are: a tenth."""
+        """n steps or records; with --fast a tenth, as of Vicuna's steps."""
         return max(1, n * self.sizes["vicuna"] // TOY["vicuna"])
 
     # -- the toy chain ----------------------------------------------------------------------------
@@ -233,8 +233,7 @@ class Lab:
     def held_out_loss(self, net) -> float:
         """Loss on documents that no base model was trained on, in nats per token."""
         _, texts = self.documents()
-        rows = train_sft.pack_documents(texts, self.tokenizer,
-                                        self.config(1, BASE_SEQ_LEN))
+        rows = train_sft.pack_documents(texts, self.tokenizer, self.config(1, BASE_SEQ_LEN))
         total, count = train_sft.validate(net, rows, self.machine)
         return total / count
 

@@ -40,7 +40,8 @@ def probe(out: Path, n: int) -> dict:
         e = exam.picture_exam(split, n)
         features = train_vlm.encode_images(net, e.pictures, machine)
         rows = {"encoder: all ten symbols right": symbols_right(head(features), e.scenes)}
-        replies = ask_about_pictures(net, vlm, projections, e, exam.instructions(n))
+        replies = ask_about_pictures(net, vlm, projections, features, e.scenes,
+                                     exam.instructions(n))
         rows |= {row: exact_share(e.scenes, said) for row, said in replies.items()}
         rows |= in_words(vlm, e.scenes)
         for row, share in rows.items():
@@ -75,15 +76,15 @@ def load_projections(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, out: Path) -> 
 
 
 def ask_about_pictures(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, projections: dict,
-                       e: exam.PictureExam, texts: Sequence[str]) -> dict:
+                       features: torch.Tensor, scenes: Sequence, texts: Sequence[str]) -> dict:
     """The replies to one text per picture, {row: replies}: with each projection, which is loaded
-    into `net`, and with the exact word embeddings in the slots."""
-    features = train_vlm.encode_images(net, e.pictures, vlm.machine)
+    into `net`, of the pictures' features (N, Q, C), and with the exact word embeddings of their
+    scenes in the slots."""
     replies = {}
     for row, weights in projections.items():
         net.llama_proj.load_state_dict(weights)
         replies[row] = ask(net, vlm, texts, list(features.split(1)))
-    embeddings = embed_symbols(vlm, e.scenes)
+    embeddings = embed_symbols(vlm, scenes)
     replies["exact embeddings in the slots"] = ask(vlm.llama, vlm, texts, embeddings)
     return replies
 
@@ -92,7 +93,9 @@ def yes_no_rows(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, projections: dict, 
     """The share of right answers to questions like "Is there a red ring?", about two for each of n
     pictures."""
     e = exam.yes_no_exam(exam.picture_exam("scenes", n))
-    replies = ask_about_pictures(net, vlm, projections, e, [q.text for q in e.questions])
+    features = train_vlm.encode_images(net, e.pictures, vlm.machine)
+    texts = [q.text for q in e.questions]
+    replies = ask_about_pictures(net, vlm, projections, features, e.scenes, texts)
     return {row: {"yes/no": exam.pope(e.questions, said)[exam.YES_NO]}
             for row, said in replies.items()}
 
