@@ -142,9 +142,9 @@ def sft(lab: Lab, results: Results) -> None:
 
 @claim(says="Quality before quantity: adding noisy data does not help",
        source="Koala's blog post: Koala-Distill is slightly better than Koala-All",
-       fixed="the clean conversations; the steps, or the epochs",
-       control="the same number of conversations (3N), all noisy: about half of the replies are "
-               "wrong",
+       fixed="the steps, or the epochs; the clean conversations, except in the control",
+       control="the same number of conversations (3N), all noisy: up to half of the replies "
+               "are corrupted",
        expected="clean is at most 5 points below mixed, and more than 10 above noisy",
        minutes=14, columns=EXAM,
        comparisons=[
@@ -284,7 +284,7 @@ def projection(lab: Lab, results: Results) -> None:
 @claim(says="The second stage takes only minutes: a few hundred steps on good descriptions",
        source="MiniGPT-4, section 3.2 and table 4: 400 steps, 7 minutes; failures fall from 35% "
               "to 2%",
-       fixed="the model after stage 1, and the number of steps after it",
+       fixed="the model after stage 1; against the control, also the number of steps after it",
        control="the same number of extra steps of stage 1",
        expected="10 points fewer failures after 100 steps, 20 after 400; extra steps of stage 1 "
                 "leave more of them",
@@ -309,7 +309,7 @@ def stage_two(lab: Lab, results: Results) -> None:
        fixed="questions, answers and scores; the small model judges a separate set of pairs",
        control="a judge without bias; one that prefers the longer answer, in any order",
        expected="the lean toward the first answer drops from 100 points to 0; the length bias "
-                "remains; sums are judged worst",
+                "remains; the small model judges sums worse than scenes",
        minutes=1,
        columns=dict(agrees="agrees with the truth, %", leans="lean toward the first, %"),
        comparisons=[
@@ -360,8 +360,8 @@ def evolved(lab: Lab, results: Results) -> None:
 @claim(says="In-context retrieval depends on the optimizer, the initialization and the documents",
        source='this repository: docs/toy.md, "What it depends on"',
        fixed="steps and tokens of pre-training",
-       control="one of the three set back to its default: AdamW, normal initialization, scenes "
-               "told once",
+       control="one of the three replaced by the usual choice: AdamW, normal initialization, "
+               "scenes told once",
        expected="each helps; 10% is chance, 50% is a guess between the scene's two colors",
        minutes=10, columns=dict(retrieved="color retrieved, %"),
        comparisons=[
@@ -564,8 +564,7 @@ def print_list() -> None:
         print(f"{name:<11} {about.says}")
         for line in textwrap.wrap(f"{about.source}; about {about.minutes} min", 84):
             print(f"{'':<11}   {line}")
-    print("\nTimes are for one seed on one thread, after train_sft.py and train_vlm.py have "
-          "filled out/.")
+    print("\nTimes are for one seed on one thread, after train_sft.py and train_vlm.py have run.")
 
 
 def main(cfg: ClaimsConfig) -> dict:

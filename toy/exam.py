@@ -314,8 +314,8 @@ PICTURE_KINDS = [kind for kind in world.SCENE_KINDS if kind != "describe"]
 
 
 def picture_exam(split: str, n: int) -> PictureExam:
-    """Deterministic. In "pairs" the question is about the object whose pair is held out. In
-    "minimal" pictures come in pairs, identical except for one color or size."""
+    """Deterministic. In "pairs", the question is about the object whose color-shape pair is held
+    out. In "minimal", pictures come in pairs that are identical except for one color or size."""
     rng, e = random.Random(f"pictures {split} 1"), PictureExam([], [], [])
     if split == "minimal":
         while len(e.scenes) < n:
@@ -358,8 +358,8 @@ def exact(scene: world.Scene, description: str) -> bool:
 
 
 def failure(scene: world.Scene, description: str, ended: bool) -> str:
-    """How a description fails, or "": the failures that MiniGPT-4's stage 2 is meant to fix, and
-    what is wrong for another reason."""
+    """How a description fails, or "" if it does not: one of the failures that MiniGPT-4's stage 2
+    is meant to fix, or "is wrong" if it is well formed but not exact."""
     words = description.lower().split()
     runs = Counter(tuple(words[i:i + 4]) for i in range(len(words) - 3))
     sentences = re.split(r"[.!?\n]", description)
@@ -430,9 +430,9 @@ def pope(questions: Sequence[world.Question], replies: Sequence[str]) -> dict:
 def see_and_tell(players: dict[str, Callable], n: int, splits: Sequence[str]) -> tuple[dict, dict]:
     """Descriptions and zero-shot questions about held-out pictures. A player is
     play(exam, texts, texts_with_scene) -> (replies, ended); the last argument holds the scene in
-    words for the player who sees no picture.
+    words for a player that sees no picture.
 
-    Returns table[row][player], and all descriptions.
+    Returns table[row][player] and descriptions[split, player], each (replies, ended).
     """
     rng, table, descriptions = random.Random(0), {}, {}
     for split in splits:

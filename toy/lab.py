@@ -29,7 +29,7 @@ from toy import exam, world
 
 TOY = train_sft.TOY  # steps and data sizes of the toy chain
 STEP_TOKENS = 2048  # per step, at any sequence length
-BASE_SEQ_LEN = 256  # of all base models, so that their FLOPs compare
+BASE_SEQ_LEN = 256  # of all base models, so that their FLOPs are comparable
 # Shapes of the language model by their number of parameters. The first is the toy chain's.
 LLAMAS = {"1.1M": model.PRESETS["toy"],
           "0.3M": dict(model.PRESETS["toy"], dim=64, hidden_dim=192),
@@ -56,7 +56,8 @@ class Lab:
         self.sizes = train_sft.FAST if fast else TOY
 
     def scaled(self, n: int) -> int:
-        """n steps or records; with --fast a tenth, as of Vicuna's steps."""
+        """n steps or records, scaled down with --fast by the same factor as Vicuna's steps: to a
+        tenth."""
         return max(1, n * self.sizes["vicuna"] // TOY["vicuna"])
 
     # -- the toy chain ----------------------------------------------------------------------------
@@ -125,8 +126,8 @@ class Lab:
         return self.write(name, records)
 
     def noisy_conversations(self, clean: int, noisy: int) -> Path:
-        """A file of conversations. In the last `noisy` of them, half of the replies are corrupted
-        (those in which there is something to corrupt)."""
+        """A file of conversations. In the last `noisy` of them, each reply is corrupted with
+        probability 1/2 if there is anything to corrupt."""
         rng, noise = random.Random(self.seed), random.Random(self.seed + 1)
         records = [world.conversation(rng) for _ in range(clean + noisy)]
         for record in records[clean:]:
@@ -330,7 +331,8 @@ class Lab:
         return net, parts
 
     def examine_architecture(self, name: str, architecture: type) -> dict:
-        """Trains both stages with another architecture, and evaluates it."""
+        """Trains both stages with this architecture (or loads the run's MiniGPT-4, if that is the
+        one), and evaluates it."""
         vlm = self.open_vlm()
         net, parts = self.build(vlm, architecture)
         in_run = self.vision_folder == self.run and self.in_run("minigpt4")
@@ -358,7 +360,7 @@ class Lab:
 
     def examine_vlm(self, vlm: train_vlm.VLMRun, net: vision.MiniGPT4) -> dict:
         """On pictures of held-out scenes: the shares of exact descriptions, of right answers, and
-        of descriptions that fail in one of the ways that stage 2 is meant to cure."""
+        of descriptions that fail in any way, which includes being wrong."""
         def play(e, texts, _texts_with_scene):
             features = train_vlm.encode_images(net, e.pictures, vlm.machine)
             return train_vlm.ask(net, vlm, texts, features)
@@ -404,7 +406,7 @@ def load_trainable(folder: str, lora_rank: int = 0, head_only: bool = False) -> 
 
 
 def trained_fraction(net: model.LLaMA) -> float:
-    """Trained parameters as a fraction of the model's, not counting adapters."""
+    """Trained parameters, adapters included, as a fraction of the original model's."""
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return trained / model.count_parameters(net.config)
 

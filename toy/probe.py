@@ -1,7 +1,8 @@
-"""Where does MiniGPT-4 lose what is in the picture? A ladder from the encoder to plain words. From
-the third row on, each row replaces more of MiniGPT-4 with something better, so the drop between
-neighboring rows suggests what that part loses. Then: how far back the language model can still
-recall a scene.
+"""Where does MiniGPT-4 lose what is in the picture? A ladder from the encoder to plain words. The
+third row is MiniGPT-4 itself. Each later row replaces more of it with something better, so the gain
+over the row above suggests what the replaced part loses; only the alt-text row stands apart, since
+it is graded differently. Then: the same for yes/no questions, and how far back the language model
+can still recall a scene.
 
     python -m toy.exam --probe                 # after train_sft.py and train_vlm.py
     python -m toy.exam --probe --out=out/seed1
@@ -47,10 +48,10 @@ def probe(out: Path, n: int) -> dict:
         for row, share in rows.items():
             ladder.setdefault(row, {})[split] = share
     exam.print_table("right, %", ladder)
-    print(f"{n} pictures per column. Exact descriptions count; in the first row, pictures with all "
-          "ten symbols right;\nin the row of true alt-text, lists and remarks that are true.\n"
-          f"The least-squares projection onto the word embeddings leaves {100 * residual:.1f}% of "
-          "their variance unexplained.")
+    print(f"{n} pictures per column. A description counts if it is exact; in the alt-text row, a "
+          "reply counts\nif it is a complete list or a true remark. The least-squares projection "
+          f"leaves {100 * residual:.1f}% of the variance\nof the word embeddings unexplained, on "
+          "the scenes to which it was fitted.")
     yes_no = yes_no_rows(net, vlm, projections, n)
     exam.print_table("right, %", yes_no)
     for tokens in PROMPT_LENGTHS:
@@ -77,8 +78,8 @@ def load_projections(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, out: Path) -> 
 
 def ask_about_pictures(net: vision.MiniGPT4, vlm: train_vlm.VLMRun, projections: dict,
                        features: torch.Tensor, scenes: Sequence, texts: Sequence[str]) -> dict:
-    """The replies to one text per picture, {row: replies}: with each projection, which is loaded
-    into `net`, of the pictures' features (N, Q, C), and with the exact word embeddings of their
+    """Asks one text per picture and returns {row: replies}: one row for each projection (loaded
+    into `net`, applied to the features (N, Q, C)), and one with the exact word embeddings of the
     scenes in the slots."""
     replies = {}
     for row, weights in projections.items():
@@ -194,7 +195,7 @@ def share_recalled(vlm: train_vlm.VLMRun, tokens: int, n: int) -> float:
 
 
 def far_item(vlm: train_vlm.VLMRun, tokens: int, rng: random.Random) -> world.Item:
-    """A conversation whose prompt has between 90% and 100% of `tokens`. It tells a scene in its
+    """A conversation whose prompt is 90% to 100% of `tokens` long. It tells a scene in its
     first turn, makes a detour, and finally asks for an object's attribute."""
     while True:
         item = world.converse(rng, "scenes", rounds=2, detour=rng.randint(1, tokens // 20))
